@@ -1,0 +1,52 @@
+"""What the libraries below need to work together: version checks, and checkpoints under torch's safe loading."""
+
+import importlib.metadata
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from packaging.version import Version
+
+#: Smallest version that fits, and the first that does not.
+SUPPORTED = {
+    'mmcv': ('2.0.0', '2.2.0'),
+    'mmdet': ('3.3.0', '4.0.0'),
+    'mmengine': ('0.10.4', '1.0.0'),
+}
+
+
+def check_versions() -> None:
+    """Raise ImportError, naming the remedy, if a library is missing or does not fit."""
+    for name, (lowest, limit) in SUPPORTED.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found is None or not Version(lowest) <= Version(found) < Version(limit):
+            raise ImportError(
+                f'dino_mm needs {name} >={lowest}, <{limit}, but '
+                + (f'{name} {found} is installed.' if found else f'{name} is not installed.')
+                + ' `python tools/setup_env.py` in a checkout of dino_mm sets up an environment that fits.'
+            )
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)``, torch 2.6's default, read what mmengine's runner saves.
+
+    A runner's checkpoint holds its log as ``HistoryBuffer`` objects with numpy arrays. Only these plain data types are
+    added; anything else in a checkpoint is still refused.
+    """
+    multiarray: Any = np.core.multiarray
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            deque,
+            np.ndarray,
+            np.dtype,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+        ]
+    )

@@ -1,0 +1,58 @@
+"""What the command-line tools share: arguments, the config, distributed training with and without GPUs."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dino_mm.shipped import cfg as shipped_config
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of both training and test."""
+    parser.add_argument('config', help='config file, or the name of a shipped one')
+    parser.add_argument('--work-dir', help='where logs and results go; ./work_dirs/<config name> by default')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, key=value; lists as key="[a,b]" or key=a,b',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torchrun sets the environment variable; older launchers pass the argument.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config, apply the common arguments."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = args.config if Path(args.config).is_file() else shipped_config(args.config)
+    config = Config.fromfile(path)
+    config.launcher = args.launcher
+    if args.cfg_options is not None:
+        config.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = str(Path('work_dirs') / Path(path).stem)
+    return config
+
+
+def build_runner(config: Config) -> Runner:
+    """Build the runner of a config, with gloo where there is no GPU."""
+    setup_cache_size_limit_of_dynamo()
+    if config.launcher == 'pytorch' and not torch.cuda.is_available():
+        _use_gloo(config)
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def _use_gloo(config: Config) -> None:
+    """Set up processes on CPUs: mmengine's own set-up selects a GPU first and fails without one."""
+    config.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
+    torch.distributed.init_process_group('gloo')

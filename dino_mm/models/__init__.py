@@ -1,0 +1,24 @@
+"""Models and their parts; importing this package registers them all."""
+
+from .dense_heads.dino_head import DINOHead
+from .detectors.dino import DINO
+from .layers.denoising import CDNGenerator
+from .layers.query_selector import LearnedQueries, MixedQuerySelector, PureQuerySelector
+from .layers.transformer import DINODecoder, DINOEncoder
+from .losses.giou_loss import NormalizedGIoULoss
+from .losses.set_criterion import SetCriterion
+from .task_modules.hungarian_matcher import HungarianMatcher
+
+__all__ = [
+    'DINO',
+    'CDNGenerator',
+    'DINODecoder',
+    'DINOEncoder',
+    'DINOHead',
+    'HungarianMatcher',
+    'LearnedQueries',
+    'MixedQuerySelector',
+    'NormalizedGIoULoss',
+    'PureQuerySelector',
+    'SetCriterion',
+]

@@ -1,0 +1,202 @@
+"""The head of DINO: class and box branches, losses, detections."""
+
+import copy
+
+import torch
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.registry import TASK_UTILS as MMDET_TASK_UTILS
+from mmdet.structures import SampleList
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from mmdet.utils import InstanceList, OptConfigType
+from mmengine.model import BaseModule, bias_init_with_prob, constant_init
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from dino_mm.registry import MODELS
+
+from ..box_ops import refine_boxes
+from ..losses.set_criterion import SetCriterion
+from ..structures import QuerySelection, Targets
+
+
+@MODELS.register_module()
+class DINOHead(BaseModule):
+    """Predicts classes and boxes from every decoder layer, and from the encoder for the query selection.
+
+    Each layer has branches of its own. A layer's box branch serves twice: in the decoder, on the raw output, it
+    refines the reference; here, on the normalised output, it predicts.
+
+    Args:
+        num_classes: Number of classes; stated here, handed down to the other parts.
+        embed_dims: Width ``dim``; handed down by the detector.
+        num_pred_layers: Number of branches, decoder layers and encoder; handed down by the detector.
+        loss_cls, loss_bbox, loss_iou: Configs of the losses, see :class:`SetCriterion`.
+        train_cfg: ``assigner``, config of the matcher; handed down by the detector.
+        test_cfg: ``max_per_img``, detections kept of each image; handed down by the detector.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dims: int,
+        num_pred_layers: int,
+        loss_cls: dict,
+        loss_bbox: dict,
+        loss_iou: dict,
+        train_cfg: OptConfigType = None,
+        test_cfg: OptConfigType = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.max_per_img = (test_cfg or {}).get('max_per_img', 300)
+        cls_branch = nn.Linear(embed_dims, num_classes)
+        reg_branch = nn.Sequential(
+            nn.Linear(embed_dims, embed_dims),
+            nn.ReLU(),
+            nn.Linear(embed_dims, embed_dims),
+            nn.ReLU(),
+            nn.Linear(embed_dims, 4),
+        )
+        self.cls_branches = _copies(cls_branch, num_pred_layers)
+        self.reg_branches = _copies(reg_branch, num_pred_layers)
+        self.criterion = SetCriterion(
+            num_classes,
+            MMDET_MODELS.build(loss_cls),
+            MMDET_MODELS.build(loss_bbox),
+            MMDET_MODELS.build(loss_iou),
+            MMDET_TASK_UTILS.build((train_cfg or {}).get('assigner', dict(type='dino_mm.HungarianMatcher'))),
+        )
+
+    def init_weights(self) -> None:
+        """Start with a class probability of 0.01 everywhere and with boxes that stay where the references are."""
+        super().init_weights()
+        for cls_branch, reg_branch in zip(self.cls_branches, self.reg_branches, strict=True):
+            nn.init.constant_(cls_branch.get_parameter('bias'), bias_init_with_prob(0.01))
+            constant_init(reg_branch.get_submodule('4'), 0.0, bias=0.0)
+
+    def forward(self, hidden_states: Tensor, references: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Predict from every layer.
+
+        Args:
+            hidden_states: (num_layers, bs, num_queries, dim).
+            references: At least num_layers boxes (bs, num_queries, 4), cxcywh in [0, 1]; each layer refines its own.
+
+        Returns:
+            Logits (num_layers, bs, num_queries, num_classes) and boxes (num_layers, bs, num_queries, 4), cxcywh in
+            [0, 1] of the image without padding.
+        """
+        layers = [self.predict_layer(i, state, references[i]) for i, state in enumerate(hidden_states)]
+        scores, boxes = zip(*layers, strict=True)
+        return torch.stack(scores), torch.stack(boxes)
+
+    def predict_layer(self, layer: int, state: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and boxes of one layer; float32 or wider, so that losses and costs are, under autocast too."""
+        boxes = refine_boxes(self.reg_branches[layer](state), reference)
+        return self.cls_branches[layer](state).to(boxes.dtype), boxes
+
+    def loss(
+        self,
+        hidden_states: Tensor,
+        references: list[Tensor],
+        selection: QuerySelection,
+        num_dn_groups: int | None,
+        targets: Targets,
+    ) -> dict[str, Tensor]:
+        """All losses, named as mmdet names DINO's.
+
+        Args:
+            hidden_states: (num_layers, bs, num_dn + num_queries, dim), denoising queries first.
+            references: Boxes that the layers refine.
+            selection: The encoder's predictions, if it selects queries.
+            num_dn_groups: Denoising groups, 0 in a batch without objects; None without denoising.
+            targets: Ground truth of the batch.
+        """
+        scores, boxes = self(hidden_states, references)
+        num_dn = scores.shape[2] - selection.content.shape[1]
+        dn_scores, dn_boxes = scores[:, :, :num_dn], boxes[:, :, :num_dn]
+        scores, boxes = scores[:, :, num_dn:], boxes[:, :, num_dn:]
+        names = layer_names(len(scores))
+        if selection.scores is not None and selection.boxes is not None:
+            scores = torch.cat([scores, selection.scores.to(scores.dtype)[None]])
+            boxes = torch.cat([boxes, selection.boxes[None]])
+        losses = name_losses(self.criterion.matched(scores, boxes, targets), [*names, 'enc_'])
+        if num_dn_groups is not None:
+            dn_losses = self.criterion.denoised(dn_scores, dn_boxes, targets, num_dn_groups)
+            losses |= name_losses(dn_losses, [f'{name}dn_' for name in names])
+        return losses
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        references: list[Tensor],
+        batch_data_samples: SampleList,
+        rescale: bool = True,
+    ) -> InstanceList:
+        """Detections of each image, from the last decoder layer. See :meth:`predict_by_feat`."""
+        last = len(hidden_states) - 1
+        scores, boxes = self.predict_layer(last, hidden_states[last], references[last])
+        img_metas = [sample.metainfo for sample in batch_data_samples]
+        return self.predict_by_feat(scores[None], boxes[None], img_metas, rescale)
+
+    def predict_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        batch_img_metas: list[dict],
+        rescale: bool = False,
+    ) -> InstanceList:
+        """Turn the last layer's predictions into detections: no threshold, no NMS.
+
+        Args:
+            all_layers_cls_scores: (num_layers, bs, num_queries, num_classes) logits.
+            all_layers_bbox_preds: (num_layers, bs, num_queries, 4) cxcywh in [0, 1].
+            batch_img_metas: ``img_shape``, and for ``rescale`` ``ori_shape`` and ``scale_factor`` (w, h).
+            rescale: Give boxes in pixels of the original image, not of the network's input.
+
+        Returns:
+            For each image the ``max_per_img`` best pairs of query and class: ``bboxes`` (n, 4) xyxy in pixels, clipped
+            to the image, those without area removed, ``scores`` (n,) descending, ``labels`` (n,).
+        """
+        return [
+            self._detect(scores, boxes, img_meta, rescale)
+            for scores, boxes, img_meta in zip(
+                all_layers_cls_scores[-1], all_layers_bbox_preds[-1], batch_img_metas, strict=True
+            )
+        ]
+
+    def _detect(self, scores: Tensor, boxes: Tensor, img_meta: dict, rescale: bool) -> InstanceData:
+        """Detections of one image from logits (num_queries, num_classes) and boxes (num_queries, 4)."""
+        probabilities = scores.sigmoid().flatten()
+        best, index = probabilities.topk(min(self.max_per_img, len(probabilities)))
+        boxes = bbox_cxcywh_to_xyxy(boxes[index // self.num_classes])
+        height, width = img_meta['img_shape'][:2]
+        boxes = boxes * boxes.new_tensor([width, height, width, height])
+        if rescale:
+            boxes = boxes / boxes.new_tensor(img_meta['scale_factor']).repeat(2)
+            height, width = img_meta['ori_shape'][:2]
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+        has_area = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        return InstanceData(
+            bboxes=boxes[has_area],
+            scores=best[has_area],
+            labels=(index % self.num_classes)[has_area],
+        )
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """Prefixes of the decoder layers' losses: ``d0.``, ``d1.``, ..., nothing for the last."""
+    return [f'd{i}.' for i in range(num_layers - 1)] + ['']
+
+
+def name_losses(losses: dict[str, Tensor], prefixes: list[str]) -> dict[str, Tensor]:
+    """Give each layer of each loss (num_layers,) its prefix; the log shows them as separate values."""
+    return {
+        f'{prefix}{name}': value
+        for name, values in losses.items()
+        for prefix, value in zip(prefixes, values.unbind(), strict=False)
+    }
+
+
+def _copies(branch: nn.Module, count: int) -> nn.ModuleList:
+    """Branches with weights of their own that start alike."""
+    return nn.ModuleList(copy.deepcopy(branch) for _ in range(count))

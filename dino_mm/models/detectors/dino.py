@@ -1,0 +1,185 @@
+"""DINO: the whole data path."""
+
+import torch
+from mmdet.models.detectors.base_detr import DetectionTransformer
+from mmdet.structures import OptSampleList, SampleList
+from mmdet.utils import OptConfigType, OptMultiConfig
+from torch import Tensor, nn
+
+from dino_mm.registry import MODELS
+
+from ..builder import build_part
+from ..dense_heads.dino_head import DINOHead
+from ..layers.denoising import CDNGenerator
+from ..layers.tokens import flatten_levels
+from ..layers.transformer import DINODecoder
+from ..structures import (
+    DecoderStates,
+    DenoisingQueries,
+    QuerySelection,
+    Targets,
+    Tokens,
+    collate_targets,
+)
+
+
+@MODELS.register_module()
+class DINO(DetectionTransformer):
+    """DETR with improved denoising anchor boxes.
+
+    Every part is a config. The detector hands ``embed_dims``, ``num_feature_levels``, ``num_queries`` and the head's
+    ``num_classes`` down, so each is stated once.
+
+    Args:
+        backbone, neck: mmdet modules; the neck gives ``num_feature_levels`` maps of ``embed_dims`` channels.
+        positional_encoding: Position embedding of the feature maps, such as mmdet's ``SinePositionalEncoding``.
+        encoder, decoder: Transformer, see :class:`DINOEncoder` and :class:`DINODecoder`.
+        query_selector: Where queries start, see :class:`MixedQuerySelector`; None learns them without the encoder.
+        denoising: Denoising queries, see :class:`CDNGenerator`; None trains without.
+        bbox_head: Predictions, losses, detections, see :class:`DINOHead`.
+        num_queries: Number of queries.
+        num_feature_levels: Number of feature maps.
+        embed_dims: Width ``dim``.
+        train_cfg: ``assigner``, the matcher.
+        test_cfg: ``max_per_img``.
+
+    Source: Zhang et al., DINO: DETR with Improved DeNoising Anchor Boxes for End-to-End Object Detection.
+    """
+
+    bbox_head: DINOHead
+    level_embed: nn.Parameter
+    decoder: DINODecoder
+    denoising: CDNGenerator | None
+
+    def __init__(
+        self,
+        backbone: dict,
+        neck: dict,
+        positional_encoding: dict,
+        encoder: dict,
+        decoder: dict,
+        bbox_head: dict,
+        query_selector: OptConfigType = None,
+        denoising: OptConfigType = None,
+        num_queries: int = 900,
+        num_feature_levels: int = 4,
+        embed_dims: int = 256,
+        train_cfg: OptConfigType = None,
+        test_cfg: OptConfigType = None,
+        data_preprocessor: OptConfigType = None,
+        init_cfg: OptMultiConfig = None,
+    ) -> None:
+        # Past DetectionTransformer's own constructor: it builds fixed classes and writes into the configs.
+        super(DetectionTransformer, self).__init__(
+            data_preprocessor=data_preprocessor and build_part('data_preprocessor', data_preprocessor),
+            init_cfg=init_cfg,
+        )
+        self.num_queries = num_queries
+        self.num_feature_levels = num_feature_levels
+        self.embed_dims = embed_dims
+        self._check_levels(neck.get('num_outs', num_feature_levels))
+
+        self.backbone = build_part('backbone', backbone)
+        self.neck = build_part('neck', neck)
+        self._init_layers(positional_encoding, encoder, decoder, query_selector)
+        self.bbox_head = build_part(
+            'bbox_head',
+            bbox_head,
+            embed_dims=embed_dims,
+            num_pred_layers=self.decoder.num_layers + self.query_selector.uses_encoder,
+            train_cfg=train_cfg,
+            test_cfg=test_cfg,
+        )
+        self.denoising = None
+        if denoising is not None:
+            self.denoising = build_part(
+                'denoising',
+                denoising,
+                embed_dims=embed_dims,
+                num_classes=self.bbox_head.num_classes,
+            )
+
+    def _init_layers(
+        self,
+        positional_encoding: dict,
+        encoder: dict,
+        decoder: dict,
+        query_selector: OptConfigType,
+    ) -> None:
+        """Build what lies between neck and head."""
+        widths = dict(embed_dims=self.embed_dims, num_levels=self.num_feature_levels)
+        self.positional_encoding = build_part('positional_encoding', positional_encoding)
+        self.level_embed = nn.Parameter(torch.randn(self.num_feature_levels, self.embed_dims))
+        self.encoder = build_part('encoder', encoder, **widths)
+        self.decoder = build_part('decoder', decoder, **widths)
+        self.query_selector = build_part(
+            'query_selector',
+            query_selector or dict(type='dino_mm.LearnedQueries'),
+            embed_dims=self.embed_dims,
+            num_queries=self.num_queries,
+        )
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
+        """Losses of a batch of images (bs, 3, height, width), normalised and padded at the bottom and right."""
+        targets = collate_targets(batch_data_samples, self.bbox_head.num_classes)
+        img_feats = self.extract_feat(batch_inputs)
+        head_inputs = self.forward_transformer(img_feats, batch_data_samples, targets)
+        return self.bbox_head.loss(**head_inputs, targets=targets)
+
+    def forward_transformer(
+        self,
+        img_feats: tuple[Tensor, ...],
+        batch_data_samples: OptSampleList = None,
+        targets: Targets | None = None,
+    ) -> dict:
+        """From feature maps to what the head takes; with ``targets``, what its ``loss`` takes besides."""
+        tokens = self.pre_transformer(img_feats, batch_data_samples)
+        memory = self.forward_encoder(tokens)
+        selection, denoising = self.pre_decoder(memory, tokens, targets)
+        states = self.forward_decoder(memory, tokens, selection, denoising)
+        head_inputs: dict = dict(hidden_states=states.hidden_states, references=states.references)
+        if targets is not None:
+            num_dn_groups = None if denoising is None else denoising.num_groups
+            head_inputs.update(selection=selection, num_dn_groups=num_dn_groups)
+        return head_inputs
+
+    def pre_transformer(self, mlvl_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None) -> Tokens:
+        """Flatten the feature maps (bs, dim, height, width) into tokens with positions."""
+        self._check_levels(len(mlvl_feats))
+        return flatten_levels(mlvl_feats, batch_data_samples or [], self.positional_encoding, self.level_embed)
+
+    def forward_encoder(self, tokens: Tokens) -> Tensor:
+        """The memory, (bs, num_tokens, dim)."""
+        return self.encoder(tokens)
+
+    def pre_decoder(
+        self, memory: Tensor, tokens: Tokens, targets: Targets | None = None
+    ) -> tuple[QuerySelection, DenoisingQueries | None]:
+        """Choose the queries; with ``targets``, make denoising queries too."""
+        encoder_branches = (self.bbox_head.cls_branches[-1], self.bbox_head.reg_branches[-1])
+        selection = self.query_selector(memory, tokens, *encoder_branches)
+        if self.denoising is None or targets is None:
+            return selection, None
+        return selection, self.denoising(targets, selection.content.shape[1])
+
+    def forward_decoder(
+        self,
+        memory: Tensor,
+        tokens: Tokens,
+        selection: QuerySelection,
+        denoising: DenoisingQueries | None = None,
+    ) -> DecoderStates:
+        """Decode denoising and matching queries together, denoising queries first."""
+        query, reference, attn_mask = selection.content, selection.reference, None
+        if denoising is not None:
+            query = torch.cat([denoising.content, query], 1)
+            reference = torch.cat([denoising.reference, reference], 1)
+            attn_mask = denoising.attn_mask if denoising.num_groups else None
+        return self.decoder(query, reference, memory, tokens, self.bbox_head.reg_branches, attn_mask)
+
+    def _check_levels(self, num_maps: int) -> None:
+        if num_maps != self.num_feature_levels:
+            raise ValueError(
+                f'The neck gives {num_maps} feature maps, `num_feature_levels` is {self.num_feature_levels}. '
+                'Set `model.num_feature_levels` and `model.neck.num_outs` to the same number.'
+            )

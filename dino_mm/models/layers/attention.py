@@ -1,0 +1,109 @@
+"""The two attentions of DINO: self-attention among queries, deformable attention into the feature maps."""
+
+from mmcv.ops.multi_scale_deform_attn import (
+    MultiScaleDeformableAttention,
+    MultiScaleDeformableAttnFunction,
+    multi_scale_deformable_attn_pytorch,
+)
+from torch import Tensor, nn
+
+from ..structures import FeatureLevels
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with residual; positions are added to queries and keys, not to values.
+
+    Runs on ``scaled_dot_product_attention``: the averaged attention weights are never made.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, query_pos: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (bs, num_queries, dim).
+            query_pos: (bs, num_queries, dim).
+            attn_mask: (num_queries, num_queries) bool, True where attention is blocked.
+        """
+        located = query + query_pos
+        output, _ = self.attn(located, located, query, attn_mask=attn_mask, need_weights=False)
+        return query + self.dropout(output)
+
+
+class DeformableAttention(MultiScaleDeformableAttention):
+    """mmcv's ``MultiScaleDeformableAttention``, its parameters and its CUDA op, without waiting for the host.
+
+    mmcv's own ``forward`` compares token counts on the host in every call. Here the shapes are known to the host
+    beforehand, and under autocast the sampling runs in the precision of the reference points (float32), as
+    half precision cannot address the pixels of a large map.
+
+    Source: Deformable DETR, section 4.1.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(embed_dims, num_heads, num_levels, num_points, dropout=dropout, batch_first=True)
+
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        value: Tensor,
+        reference: Tensor,
+        levels: FeatureLevels,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Sample ``value`` around each query's reference; residual included.
+
+        Args:
+            query: (bs, num_queries, dim).
+            query_pos: (bs, num_queries, dim).
+            value: (bs, num_tokens, dim).
+            reference: (bs, num_queries, num_levels, 2) points or (..., 4) boxes, cxcywh, in [0, 1] of the padded map.
+            levels: Geometry of the tokens.
+            padding_mask: (bs, num_tokens) bool, True on padding; such tokens contribute 0.
+
+        Returns:
+            (bs, num_queries, dim).
+        """
+        bs, num_queries, _ = query.shape
+        points = (bs, num_queries, self.num_heads, self.num_levels, self.num_points)
+        located = query + query_pos
+        offsets = self.sampling_offsets(located).view(*points, 2)
+        weights = self.attention_weights(located).view(*points[:3], -1).softmax(-1).view(points)
+        locations = self.sampling_locations(offsets, reference, levels)
+
+        value = self.value_proj(value)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        value = value.view(bs, -1, self.num_heads, value.shape[-1] // self.num_heads)
+        output = self.sample(value.to(locations), locations, weights.to(locations), levels)
+        return query + self.dropout(self.output_proj(output))
+
+    def sampling_locations(self, offsets: Tensor, reference: Tensor, levels: FeatureLevels) -> Tensor:
+        """Where to sample: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y) in [0, 1].
+
+        Around a point, offsets count in pixels of the level; around a box, in half sizes of the box.
+        """
+        reference = reference[:, :, None, :, None]
+        if reference.shape[-1] == 2:
+            return reference + offsets / levels.shape_tensor.flip(-1)[:, None]
+        return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+
+    def sample(self, value: Tensor, locations: Tensor, weights: Tensor, levels: FeatureLevels) -> Tensor:
+        """Weighted sum of bilinear samples, (bs, num_queries, dim): mmcv's op on a GPU, its PyTorch code on a CPU."""
+        if value.is_cuda:
+            return MultiScaleDeformableAttnFunction.apply(
+                value, levels.shape_tensor, levels.start_index, locations, weights, self.im2col_step
+            )
+        return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)

@@ -1,0 +1,126 @@
+"""Contrastive denoising: noised ground truth as additional queries, which the decoder learns to restore or reject."""
+
+import torch
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from dino_mm.registry import MODELS
+
+from ..box_ops import box_logits
+from ..structures import DenoisingQueries, Targets
+
+
+def noise_labels(labels: Tensor, draw: Tensor, replacement: Tensor, probability: float) -> Tensor:
+    """Replace ``labels`` by ``replacement`` where ``draw``, uniform in [0, 1), is below ``probability``."""
+    return torch.where(draw < probability, replacement, labels)
+
+
+def noise_boxes(boxes: Tensor, sign: Tensor, draw: Tensor, scale: float) -> Tensor:
+    """Shift the two corners of each box, by less than half its size for positives, by more for negatives.
+
+    Args:
+        boxes: (bs, num_groups, 2, num_slots, 4) cxcywh in [0, 1]; positives at index 0 of dimension 2, negatives at 1.
+        sign: Same shape, -1 or 1.
+        draw: Same shape, uniform in [0, 1).
+        scale: 1 lets a positive's corner move up to half the box's size, a negative's up to the whole.
+
+    Returns:
+        Boxes of the same shape and format, clipped to [0, 1].
+
+    Source: DINO, section 3.3.
+    """
+    is_negative = torch.arange(2, device=boxes.device, dtype=boxes.dtype).view(2, 1, 1)
+    half_size = boxes[..., 2:].tile(2) / 2
+    corners = bbox_cxcywh_to_xyxy(boxes) + (draw + is_negative) * sign * half_size * scale
+    return bbox_xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
+
+
+def group_mask(num_groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
+    """Which query may not see which, (num_dn + num_queries)^2, True = blocked.
+
+    No query sees denoising queries of another group, so ground truth cannot leak; all see the matching queries.
+    """
+    num_dn = num_groups * group_size
+    # Matching queries form "group" num_groups, which differs from every denoising group.
+    group = torch.arange(num_dn + num_queries, device=device).clamp(max=num_dn) // max(group_size, 1)
+    blocked = group[:, None] != group[None, :]
+    blocked[:, num_dn:] = False
+    return blocked
+
+
+@MODELS.register_module()
+class CDNGenerator(BaseModule):
+    """Makes the denoising queries of a batch.
+
+    There are as many groups as fit into ``num_dn_queries`` objects of the fullest image, at least one; a group holds
+    every object twice, lightly noised (to be restored) and strongly noised (to be rejected).
+
+    Args:
+        num_classes: Number of classes; handed down by the detector.
+        embed_dims: Width ``dim``; handed down by the detector.
+        num_dn_queries: Positive denoising queries to aim at, 100 in DINO.
+        label_noise_ratio: Twice the probability that a label is replaced by a random one. 0 switches it off.
+        box_noise_scale: Scale of the box noise, see :func:`noise_boxes`. 0 switches it off.
+
+    Source: DINO, section 3.3; DN-DETR for the groups.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dims: int,
+        num_dn_queries: int = 100,
+        label_noise_ratio: float = 0.5,
+        box_noise_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_dn_queries < 1:
+            raise ValueError(
+                f'denoising.num_dn_queries must be at least 1, not {num_dn_queries}; '
+                'write `denoising=None` to train without denoising.'
+            )
+        if label_noise_ratio < 0 or box_noise_scale < 0:
+            raise ValueError(
+                'denoising.label_noise_ratio and denoising.box_noise_scale must not be negative, '
+                f'not {label_noise_ratio} and {box_noise_scale}; 0 switches a noise off.'
+            )
+        self.num_classes = num_classes
+        self.num_dn_queries = num_dn_queries
+        self.label_noise_ratio = label_noise_ratio
+        self.box_noise_scale = box_noise_scale
+        self.label_embedding = nn.Embedding(num_classes, embed_dims)
+
+    def forward(self, targets: Targets, num_queries: int) -> DenoisingQueries:
+        """Make the queries; none (``num_dn = 0``) if no image of the batch has an object.
+
+        Args:
+            targets: Ground truth of the batch.
+            num_queries: Matching queries that the decoder gets besides.
+        """
+        slots = max(targets.counts)
+        num_groups = max(1, self.num_dn_queries // slots) if slots else 0
+        labels = targets.labels[:, None, None].repeat(1, num_groups, 2, 1)
+        boxes = targets.boxes[:, None, None].repeat(1, num_groups, 2, 1, 1)
+        labels, boxes = self.add_noise(labels, boxes)
+
+        mask = targets.mask[:, None, None, :, None]
+        content = self.label_embedding(labels) * mask
+        reference = box_logits(boxes).masked_fill(~mask, 0.0).sigmoid()
+        return DenoisingQueries(
+            content.flatten(1, 3),
+            reference.flatten(1, 3),
+            group_mask(num_groups, 2 * slots, num_queries, boxes.device),
+            num_groups,
+        )
+
+    def add_noise(self, labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise ``labels`` (bs, num_groups, 2, num_slots) and ``boxes`` (..., 4), both draws anew for every entry."""
+        if self.label_noise_ratio > 0:
+            replacement = torch.randint_like(labels, self.num_classes)
+            draw = torch.rand_like(labels, dtype=boxes.dtype)
+            labels = noise_labels(labels, draw, replacement, self.label_noise_ratio / 2)
+        if self.box_noise_scale > 0:
+            sign = torch.randint_like(boxes, 2) * 2 - 1
+            boxes = noise_boxes(boxes, sign, torch.rand_like(boxes), self.box_noise_scale)
+        return labels, boxes

@@ -1,0 +1,197 @@
+"""Encoder and decoder of DINO."""
+
+import torch
+from mmcv.cnn.bricks.transformer import FFN
+from mmdet.models.layers.transformer.utils import MLP, coordinate_to_encoding
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from dino_mm.registry import MODELS
+
+from ..box_ops import refine_boxes
+from ..structures import DecoderStates, FeatureLevels, Tokens
+from .attention import DeformableAttention, SelfAttention
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Xavier-uniform for matrices, deformable attention's own start; biases and norms stay as torch sets them."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for child in module.modules():
+        if isinstance(child, DeformableAttention):
+            child.init_weights()
+
+
+class DINOEncoderLayer(BaseModule):
+    """Deformable self-attention over all levels, then a feed-forward network, each followed by LayerNorm."""
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_channels: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attn = DeformableAttention(embed_dims, num_heads, num_levels, num_points, dropout)
+        self.ffn = FFN(embed_dims, feedforward_channels, ffn_drop=dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dims) for _ in range(2))
+
+    def forward(self, query: Tensor, reference: Tensor, tokens: Tokens) -> Tensor:
+        """``query`` (bs, num_tokens, dim) sampled around ``reference`` (bs, num_tokens, num_levels, 2)."""
+        query = self.self_attn(query, tokens.positions, query, reference, tokens.levels, tokens.padding_mask)
+        return self.norms[1](self.ffn(self.norms[0](query)))
+
+
+@MODELS.register_module()
+class DINOEncoder(BaseModule):
+    """Stack of deformable encoder layers.
+
+    Args:
+        embed_dims: Width ``dim``; handed down by the detector.
+        num_levels: Number of feature levels; handed down by the detector.
+        num_layers: Number of layers.
+        num_heads: Heads of the attention.
+        num_points: Sampling points of each head on each level.
+        feedforward_channels: Hidden width of the feed-forward networks.
+        dropout: Dropout rate of attention outputs and feed-forward networks.
+
+    Source: DINO, section 3.2; Deformable DETR, section 4.1.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_levels: int,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        num_points: int = 4,
+        feedforward_channels: int = 2048,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.layers = nn.ModuleList(
+            DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
+            for _ in range(num_layers)
+        )
+
+    def init_weights(self) -> None:
+        """See :func:`init_transformer`."""
+        super().init_weights()
+        init_transformer(self)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return the memory, (bs, num_tokens, dim). Positions join the queries, never the values."""
+        reference = tokens.centers[:, :, None] * tokens.levels.valid_ratios[:, None]
+        memory = tokens.features
+        for layer in self.layers:
+            memory = layer(memory, reference, tokens)
+        return memory
+
+
+class DINODecoderLayer(BaseModule):
+    """Self-attention among queries, deformable attention into the memory, feed-forward; LayerNorm after each."""
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_channels: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(embed_dims, num_heads, dropout)
+        self.cross_attn = DeformableAttention(embed_dims, num_heads, num_levels, num_points, dropout)
+        self.ffn = FFN(embed_dims, feedforward_channels, ffn_drop=dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dims) for _ in range(3))
+
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        memory: Tensor,
+        reference: Tensor,
+        levels: FeatureLevels,
+        padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> Tensor:
+        """``query`` (bs, num_queries, dim) sampled around ``reference`` (bs, num_queries, num_levels, 4)."""
+        query = self.norms[0](self.self_attn(query, query_pos, attn_mask))
+        query = self.cross_attn(query, query_pos, memory, reference, levels, padding_mask)
+        return self.norms[2](self.ffn(self.norms[1](query)))
+
+
+@MODELS.register_module()
+class DINODecoder(BaseModule):
+    """Decoder that refines boxes layer by layer and looks forward twice.
+
+    A layer's box is refined from the previous one's, detached; the box that the *next* layer's loss starts from is
+    not detached, so that each layer also learns from the loss of the layer after it.
+
+    Args: as :class:`DINOEncoder`.
+
+    Source: DINO, sections 3.2 and 3.5; DAB-DETR for the position queries made from boxes.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_levels: int,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        num_points: int = 4,
+        feedforward_channels: int = 2048,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embed_dims = embed_dims
+        self.num_layers = num_layers
+        self.layers = nn.ModuleList(
+            DINODecoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
+            for _ in range(num_layers)
+        )
+        self.ref_point_head = MLP(embed_dims * 2, embed_dims, embed_dims, 2)
+        self.norm = nn.LayerNorm(embed_dims)
+
+    def init_weights(self) -> None:
+        """See :func:`init_transformer`."""
+        super().init_weights()
+        init_transformer(self)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        tokens: Tokens,
+        reg_branches: nn.ModuleList,
+        attn_mask: Tensor | None = None,
+    ) -> DecoderStates:
+        """Decode.
+
+        Args:
+            query: (bs, num_queries, dim), content of the queries.
+            reference: (bs, num_queries, 4), their boxes, cxcywh in [0, 1] of the image without padding.
+            memory: (bs, num_tokens, dim), the encoder's output.
+            tokens: For its geometry and padding mask.
+            reg_branches: The head's box branches, one for each layer; they refine here and predict there.
+            attn_mask: (num_queries, num_queries) bool, True where self-attention is blocked.
+        """
+        levels, states, references = tokens.levels, [], [reference]
+        ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
+        for layer, reg_branch in zip(self.layers, reg_branches, strict=False):
+            level_boxes = reference[:, :, None] * ratios
+            sine = coordinate_to_encoding(level_boxes[:, :, 0], num_feats=self.embed_dims // 2)
+            query_pos = self.ref_point_head(sine)
+            query = layer(query, query_pos, memory, level_boxes, levels, tokens.padding_mask, attn_mask)
+            refined = refine_boxes(reg_branch(query), reference)
+            states.append(self.norm(query))
+            references.append(refined)
+            reference = refined.detach()
+        return DecoderStates(torch.stack(states), references)

@@ -1,0 +1,104 @@
+"""One-to-one assignment of queries to objects, for all layers and images of a batch at once."""
+
+import numpy as np
+import torch
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dino_mm.registry import TASK_UTILS
+
+from ..box_ops import generalized_iou
+from ..structures import Targets, describe_unusable_targets
+
+
+@TASK_UTILS.register_module()
+class HungarianMatcher:
+    """Minimum-cost matching of predictions and objects.
+
+    The costs of every layer, the encoder's included, and of every image are one padded tensor; copying it to the host
+    is the only point of a training step at which the host waits for the device.
+
+    Args:
+        cost_class: Weight of the focal classification cost.
+        cost_bbox: Weight of the L1 distance of cxcywh boxes in [0, 1].
+        cost_giou: Weight of the negative generalized IoU.
+        alpha: Balance of the focal cost.
+        gamma: Exponent of the focal cost.
+
+    Source: DETR, section 3.1; Deformable DETR for the focal cost.
+    """
+
+    def __init__(
+        self,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ) -> None:
+        self.cost_class = cost_class
+        self.cost_bbox = cost_bbox
+        self.cost_giou = cost_giou
+        self.alpha = alpha
+        self.gamma = gamma
+
+    @torch.no_grad()
+    def __call__(self, scores: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """Match.
+
+        Args:
+            scores: (num_layers, bs, num_queries, num_classes) logits.
+            boxes: (num_layers, bs, num_queries, 4) cxcywh in [0, 1].
+            targets: Ground truth of the batch.
+
+        Returns:
+            (num_layers, bs, num_gts) int64 on the device of ``boxes``: the query of each object. ``num_queries``
+            stands for "none": in padding, and for objects that find no query where there are more objects.
+
+        Raises:
+            ValueError: An annotation is unusable; names image and box.
+            FloatingPointError: Predictions are not finite.
+        """
+        num_layers, bs, num_queries, num_classes = scores.shape
+        match = np.full((num_layers, bs, targets.boxes.shape[1]), num_queries)
+        if targets.total:
+            cost = self.cost(scores, boxes, targets).cpu().numpy()
+            for layer in range(num_layers):
+                for image, count in enumerate(targets.counts):
+                    block = cost[layer, image, :, :count]
+                    if not np.isfinite(block).all():
+                        _raise_not_finite(layer, image, targets, num_classes)
+                    queries, objects = linear_sum_assignment(block)
+                    match[layer, image, objects] = queries
+        return torch.from_numpy(match).to(boxes.device, non_blocking=True)
+
+    def cost(self, scores: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """Weighted cost of each pair, (num_layers, bs, num_queries, num_gts); NaN for unusable annotations."""
+        labels = targets.labels[None, :, None].expand(*scores.shape[:3], -1)
+        # Only the columns of classes that occur are needed: gather first, then compute.
+        probability = scores.gather(-1, labels).sigmoid()
+        cost_class = self._focal(probability) - self._focal_background(probability)
+        cost_bbox = torch.cdist(boxes, targets.boxes.to(boxes).expand(len(boxes), -1, -1, -1), p=1)
+        cost_giou = -generalized_iou(
+            bbox_cxcywh_to_xyxy(boxes)[..., :, None, :],
+            bbox_cxcywh_to_xyxy(targets.boxes.to(boxes))[..., None, :, :],
+        )
+        return self.cost_class * cost_class + self.cost_bbox * cost_bbox + self.cost_giou * cost_giou
+
+    def _focal(self, probability: Tensor) -> Tensor:
+        return self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-8).log()
+
+    def _focal_background(self, probability: Tensor) -> Tensor:
+        return (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-8).log()
+
+
+def _raise_not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> None:
+    """Say which input is at fault, the annotations or the predictions."""
+    unusable = describe_unusable_targets(targets, num_classes)
+    if unusable is not None:
+        raise ValueError(unusable)
+    raise FloatingPointError(
+        f'The predictions of layer {layer} for image {image} of the batch are not finite: training has diverged. '
+        'Lower the learning rate, check `clip_grad` and the inputs; under AMP try bfloat16.'
+    )

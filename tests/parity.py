@@ -1,0 +1,137 @@
+"""Reference goldens of detrex, and the rule that makes a model's weights from tensor names and shapes alone.
+
+The goldens in ``tests/data/parity`` are a small part of a larger set; where the whole set lies beside the repository,
+it is used instead (:func:`golden`).
+"""
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+SMALL = Path(__file__).parent / 'data' / 'parity'
+FULL = Path(__file__).resolve().parents[2] / 'shared' / 'parity'
+
+MEAN = np.float32([123.675, 116.28, 103.53])
+STD = np.float32([58.395, 57.12, 57.375])
+
+#: Our names (regular expressions) -> detrex's, for everything but the backbone.
+NAMES = [
+    (r'^neck\.(convs|extra_convs)\.(\d)\.gn\.', r'neck.\1.\2.norm.'),
+    (r'^level_embed$', 'transformer.level_embeds'),
+    (r'^encoder\.layers\.(\d)\.self_attn\.', r'transformer.encoder.layers.\1.attentions.0.'),
+    (r'^decoder\.layers\.(\d)\.self_attn\.', r'transformer.decoder.layers.\1.attentions.0.'),
+    (r'^decoder\.layers\.(\d)\.cross_attn\.', r'transformer.decoder.layers.\1.attentions.1.'),
+    (r'^(encoder|decoder)\.layers\.(\d)\.ffn\.', r'transformer.\1.layers.\2.ffns.0.'),
+    (r'^(encoder|decoder)\.', r'transformer.\1.'),
+    (r'^query_selector\.query_embedding\.', 'transformer.tgt_embed.'),
+    (r'^query_selector\.memory_trans_fc\.', 'transformer.enc_output.'),
+    (r'^query_selector\.memory_trans_norm\.', 'transformer.enc_output_norm.'),
+    (r'^bbox_head\.cls_branches\.', 'class_embed.'),
+    (r'^denoising\.label_embedding\.', 'label_enc.'),
+]
+
+
+def detrex_name(key: str) -> str:
+    """Detrex's name of one of our tensors (R50 backbone)."""
+    if key.startswith('backbone.'):
+        return _detectron2_resnet_name(key)
+    if match := re.match(r'^bbox_head\.reg_branches\.(\d)\.(\d)\.(\w+)$', key):
+        branch, index, kind = match.groups()
+        return f'bbox_embed.{branch}.layers.{int(index) // 2}.{kind}'
+    for pattern, name in NAMES:
+        key, count = re.subn(pattern, name, key)
+        if count:
+            break
+    return key
+
+
+def _detectron2_resnet_name(key: str) -> str:
+    key = re.sub(r'^backbone\.(conv1|bn1)', r'backbone.stem.\1', key)
+    key = re.sub(r'\.layer(\d)\.', lambda m: f'.res{int(m[1]) + 1}.', key)
+    key = key.replace('.downsample.0.', '.shortcut.').replace('.downsample.1.', '.shortcut.norm.')
+    return re.sub(r'\.bn(\d)\.', r'.conv\1.norm.', key)
+
+
+def rule_weights(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Value of a tensor by its detrex name and shape; None: stays as initialised."""
+    if name.endswith(('num_batches_tracked', 'sampling_offsets.bias')):
+        return None
+    z = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(shape)
+    last = name.split('.')[-1]
+    if last == 'running_var':
+        value = 1 + 0.1 * np.abs(z)
+    elif last == 'running_mean':
+        value = 0.1 * z
+    elif name.endswith('sampling_offsets.weight'):
+        value = 0.1 * z / np.sqrt(np.prod(shape[1:]))
+    elif re.search(r'(^|\.)class_embed\.\d+\.bias$', name):
+        value = -3 + 0.5 * z
+    elif len(shape) <= 1:
+        value = 1 + 0.05 * z if last == 'weight' else 0.05 * z
+    else:
+        value = z / np.sqrt(np.prod(shape[1:]))
+    return 0.3 * value if re.search(r'(^|\.)bbox_embed\.\d+\.layers\.2\.', name) else value
+
+
+def fill_by_rule(model: nn.Module) -> nn.Module:
+    """Give ``model`` (in float64) the rule's weights."""
+    for key, tensor in model.state_dict().items():
+        value = rule_weights(detrex_name(key), tuple(tensor.shape))
+        if value is not None:
+            tensor.copy_(torch.from_numpy(value))
+    return model
+
+
+def image(seed: int, height: int, width: int) -> np.ndarray:
+    """Synthetic RGB image (height, width, 3) uint8."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    blocks = rng.standard_normal((height // 16 + 1, width // 16 + 1, 3))
+    full = np.kron(blocks, np.ones((16, 16, 1)))[:height, :width]
+    return np.clip(127 + 40 * full, 0, 255).astype(np.uint8)
+
+
+def batch(images: list[np.ndarray]) -> tuple[Tensor, list[DetDataSample]]:
+    """Normalised images in float64, padded with 0, and their data samples."""
+    height = max(img.shape[0] for img in images)
+    width = max(img.shape[1] for img in images)
+    inputs = torch.zeros(len(images), 3, height, width, dtype=torch.float64)
+    samples = []
+    for i, img in enumerate(images):
+        normalized = (img.astype(np.float64) - MEAN) / STD
+        inputs[i, :, : img.shape[0], : img.shape[1]] = torch.from_numpy(normalized.transpose(2, 0, 1))
+        meta = dict(
+            img_id=i,
+            img_shape=img.shape[:2],
+            ori_shape=img.shape[:2],
+            batch_input_shape=(height, width),
+            scale_factor=(1.0, 1.0),
+        )
+        samples.append(DetDataSample(metainfo=meta))
+    return inputs, samples
+
+
+def add_gts(samples: list[DetDataSample], boxes: list, labels: list) -> list[DetDataSample]:
+    """Attach ground truth: boxes xyxy in pixels, labels."""
+    for sample, image_boxes, image_labels in zip(samples, boxes, labels, strict=True):
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4),
+            labels=torch.tensor(image_labels, dtype=torch.long),
+        )
+    return samples
+
+
+def golden(name: str) -> Any:
+    """Load ``name`` (``.npz`` or ``.json``) from the full set, else from the small one."""
+    path = next(root / name for root in (FULL, SMALL) if (root / name).exists())
+    if path.suffix == '.json':
+        return json.loads(path.read_text())
+    with np.load(path) as arrays:
+        return dict(arrays)

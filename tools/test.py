@@ -1,0 +1,56 @@
+"""Test a detector: ``python tools/test.py CONFIG CHECKPOINT`` evaluates it as the config says, for COCO by AP."""
+
+import argparse
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict
+
+from dino_mm.engine.launch import add_common_arguments, build_runner, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--show', action='store_true', help='show the images with their detections')
+    parser.add_argument('--show-dir', help='write the images with their detections into this folder')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    parser.add_argument('--tta', action='store_true', help="test-time augmentation with the config's `tta_pipeline`")
+    args = parser.parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out writes a .pkl file, not {args.out}')
+    return args
+
+
+def enable_tta(config: Config) -> None:
+    """Wrap model and pipeline as the config's ``tta_model`` and ``tta_pipeline`` say."""
+    missing = [key for key in ('tta_model', 'tta_pipeline') if key not in config]
+    if missing:
+        raise SystemExit(f'--tta: {config.filename} has no `{"` and no `".join(missing)}`.')
+    config.model = ConfigDict(**config.tta_model, module=config.model)
+    dataset = config.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = config.tta_pipeline
+
+
+def main() -> None:
+    """Test."""
+    args = parse_args()
+    config = load_config(args)
+    config.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        config = trigger_visualization_hook(config, args)
+    if args.tta:
+        enable_tta(config)
+    runner = build_runner(config)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,45 @@
+"""Train a detector: ``python tools/train.py CONFIG``."""
+
+import argparse
+
+from mmengine.config import Config
+
+from dino_mm.engine.launch import add_common_arguments, build_runner, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
+    parser.add_argument(
+        '--resume', nargs='?', const='auto', help='resume from a checkpoint, or from the latest in the work directory'
+    )
+    return parser.parse_args()
+
+
+def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
+    """Write the arguments of training into the config."""
+    if args.amp:
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+            raise SystemExit(f'--auto-scale-lr: {config.filename} has no `auto_scale_lr.base_batch_size`.')
+        config.auto_scale_lr.enable = True
+    if args.resume is not None:
+        config.resume = True
+        config.load_from = None if args.resume == 'auto' else args.resume
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    config = load_config(args)
+    apply_training_arguments(config, args)
+    build_runner(config).train()
+
+
+if __name__ == '__main__':
+    main()
