@@ -1,7 +1,9 @@
 """What the libraries below need to work together: version checks, and checkpoints under torch's safe loading."""
 
 import importlib.metadata
+import pickle
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,11 +40,14 @@ def allow_mmengine_checkpoints() -> None:
     A runner's checkpoint holds its log as ``HistoryBuffer`` objects with numpy arrays. Only these plain data types are
     added; anything else in a checkpoint is still refused.
     """
+    if Version(torch.__version__) < Version('2.6'):
+        return  # mmengine's own `torch.load` is not restricted there
     multiarray: Any = np.core.multiarray
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
             deque,
+            (_history_statistic, 'builtins.getattr'),
             np.ndarray,
             np.dtype,
             multiarray._reconstruct,
@@ -50,3 +55,10 @@ def allow_mmengine_checkpoints() -> None:
             *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
         ]
     )
+
+
+def _history_statistic(owner: object, name: str) -> Callable:
+    """Stand-in for ``getattr`` in checkpoints: a ``HistoryBuffer`` refers to its statistics by it, and to no more."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'A checkpoint may not look up {name!r} of {owner!r}.')
+    return getattr(HistoryBuffer, name)
