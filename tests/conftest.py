@@ -1,13 +1,17 @@
 """Settings and fixtures of all tests."""
 
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from torch import Tensor
 
 import dino_mm
 
@@ -29,8 +33,8 @@ def tiny_cfg() -> Config:
 
 def tiny_model_cfg() -> Config:
     """See :func:`tiny_cfg`."""
-    cfg = Config.fromfile(dino_mm.cfg('dino-demo/dino_digits.py')).model
-    cfg.merge_from_dict({
+    cfg = Config(dict(model=Config.fromfile(dino_mm.cfg('dino-demo/dino_digits.py')).model))
+    changes = {
         'num_queries': 12,
         'embed_dims': 16,
         'backbone.base_channels': 4,
@@ -47,5 +51,37 @@ def tiny_model_cfg() -> Config:
         'denoising.num_dn_queries': 6,
         'bbox_head.num_classes': 5,
         'test_cfg.max_per_img': 10,
-    })
-    return cfg
+    }
+    cfg.merge_from_dict({f'model.{key}': value for key, value in changes.items()})
+    return cfg.model
+
+
+def make_samples(
+    counts: Sequence[int], sizes: Sequence[tuple[int, int]] | None = None, ori_scale: int = 1
+) -> tuple[Tensor, list[DetDataSample]]:
+    """A batch of random images with ``counts[i]`` random boxes, at most 5 classes.
+
+    Args:
+        counts: Boxes of each image.
+        sizes: (height, width) of each image, 64 x 96 by default; the batch is padded to the largest.
+        ori_scale: The original images are so many times larger.
+    """
+    sizes = sizes or [(64, 96)] * len(counts)
+    batch_shape = tuple(max(size[i] for size in sizes) for i in (0, 1))
+    inputs, samples = torch.zeros(len(counts), 3, *batch_shape), []
+    for i, (count, (height, width)) in enumerate(zip(counts, sizes, strict=True)):
+        inputs[i, :, :height, :width] = torch.randn(3, height, width)
+        corner = torch.rand(count, 2) * 20
+        boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2) * 25], 1)
+        meta = dict(
+            img_id=i,
+            img_path=f'{i}.jpg',
+            img_shape=(height, width),
+            ori_shape=(height * ori_scale, width * ori_scale),
+            batch_input_shape=batch_shape,
+            scale_factor=(1 / ori_scale, 1 / ori_scale),
+        )
+        sample = DetDataSample(metainfo=meta)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(5, (count,)))
+        samples.append(sample)
+    return inputs, samples

@@ -10,19 +10,16 @@ model = dict(
     num_feature_levels=3,
     embed_dims=128,
     backbone=dict(
-        depth=18,
-        base_channels=32,
-        frozen_stages=-1,
-        norm_cfg=dict(requires_grad=True),
-        norm_eval=False,
-        init_cfg=None),
+        depth=18, base_channels=32, frozen_stages=-1, norm_cfg=dict(requires_grad=True), norm_eval=False, init_cfg=None
+    ),
     neck=dict(in_channels=[64, 128, 256], out_channels=128, num_outs=3),
     positional_encoding=dict(num_feats=64),
     encoder=dict(num_layers=2, feedforward_channels=512),
     decoder=dict(num_layers=3, feedforward_channels=512),
     denoising=dict(num_dn_queries=20),
     bbox_head=dict(num_classes=10),
-    test_cfg=dict(max_per_img=40))
+    test_cfg=dict(max_per_img=40),
+)
 
 max_iters = 600
 train_cfg = dict(max_iters=max_iters, val_interval=200)
@@ -32,6 +29,7 @@ param_scheduler = [
 ]
 # Nothing is pretrained, so the backbone learns as fast as the rest.
 optim_wrapper = dict(
-    optimizer=dict(lr=4e-4), clip_grad=dict(max_norm=1.0), paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0))
+    optimizer=dict(lr=4e-4), clip_grad=dict(max_norm=1.0), paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0)
+)
 default_hooks = dict(checkpoint=dict(interval=200, max_keep_ckpts=1))
 randomness = dict(seed=0)

@@ -65,9 +65,7 @@ def test_label_noise_replaces_below_the_probability():
 
 def make_tokens(sizes, img_shapes=None, dim=8):
     feats = [torch.randn(2, dim, *size) for size in sizes]
-    samples = [
-        DetDataSample(metainfo=dict(img_shape=shape, batch_input_shape=(32, 48))) for shape in img_shapes or []
-    ]
+    samples = [DetDataSample(metainfo=dict(img_shape=shape, batch_input_shape=(32, 48))) for shape in img_shapes or []]
 
     class NoPositions(nn.Module):
         def forward(self, mask, input):

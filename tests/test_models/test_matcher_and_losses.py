@@ -138,9 +138,7 @@ def test_denoising_losses_equal_naive_loops(counts):
                 positive = half % 2 == 0 and slot < counts[image]
                 label = int(sample.gt_instances.labels[slot]) if positive else None
                 for c in range(NUM_CLASSES):
-                    expected['loss_cls'] += (
-                        1.5 * naive_focal(scores[layer, image, q, c].item(), c == label) / num_boxes
-                    )
+                    expected['loss_cls'] += 1.5 * naive_focal(scores[layer, image, q, c].item(), c == label) / num_boxes
                 if positive:
                     box, target = boxes[layer, image, q].tolist(), naive_box(sample, slot)
                     distance = sum(abs(u - v) for u, v in zip(box, target, strict=True))

@@ -119,7 +119,9 @@ def test_training_step(model: DINO, name: str, case: str | None, monkeypatch: py
         k: v.item() for k, v in losses.items()
     }
     norms = {parity.detrex_name(k): p.grad.norm().item() for k, p in model.named_parameters() if p.requires_grad}
-    reference = {k.replace('transformer.decoder.class_embed', 'class_embed'): v for k, v in expected['grad_norm'].items()}
+    reference = {
+        k.replace('transformer.decoder.class_embed', 'class_embed'): v for k, v in expected['grad_norm'].items()
+    }
     reference = {k.replace('transformer.decoder.bbox_embed', 'bbox_embed'): v for k, v in reference.items()}
     assert norms == {k: pytest.approx(v, rel=1e-4, abs=1e-9) for k, v in reference.items()}
     check_matching(matches[0], expected['matching'], expected['gt_classes'])

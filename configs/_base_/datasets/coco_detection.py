@@ -7,7 +7,8 @@ resize = dict(type='RandomChoiceResize', scales=train_sizes, resize_type='dino_m
 resize_before_crop = dict(
     type='RandomChoiceResize',
     scales=[(400, 100000), (500, 100000), (600, 100000)],  # no limit of the longer edge
-    resize_type='dino_mm.ResizeShortestEdge')
+    resize_type='dino_mm.ResizeShortestEdge',
+)
 crop = dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True)
 
 load_image = dict(type='dino_mm.LoadReadableImage', imdecode_backend='pillow', backend_args=backend_args)
@@ -35,7 +36,8 @@ tta_pipeline = [
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
             [dict(type='LoadAnnotations', with_bbox=True)],
             [dict(type='PackDetInputs')],
-        ]),
+        ],
+    ),
 ]
 tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.7), max_per_img=300))
 
@@ -52,7 +54,9 @@ train_dataloader = dict(
         data_prefix=dict(img='train2017/'),
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -66,7 +70,9 @@ val_dataloader = dict(
         data_prefix=dict(img='val2017/'),
         test_mode=True,
         pipeline=test_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 test_dataloader = val_dataloader
 
 # proposal_nums as pycocotools has them: AP at 100 detections an image, at every IoU and area.
@@ -76,5 +82,6 @@ val_evaluator = dict(
     metric='bbox',
     proposal_nums=(1, 10, 100),
     format_only=False,
-    backend_args=backend_args)
+    backend_args=backend_args,
+)
 test_evaluator = val_evaluator

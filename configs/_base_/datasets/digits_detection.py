@@ -27,7 +27,9 @@ train_dataloader = dict(
         ann_file='annotations/train.json',
         data_prefix=dict(img='train/'),
         filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
@@ -39,12 +41,15 @@ val_dataloader = dict(
         ann_file='annotations/val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
     type='dino_mm.CheckedCocoMetric',
     ann_file=data_root + 'annotations/val.json',
     metric='bbox',
-    proposal_nums=(1, 10, 100))
+    proposal_nums=(1, 10, 100),
+)
 test_evaluator = val_evaluator
