@@ -1,6 +1,7 @@
 """COCO-format detection data that says what it finds wrong."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class CheckedCocoDataset(CocoDataset):
                 f'{self.ann_file}: dropped {self._num_dropped} degenerate boxes (no area inside the image, or under '
                 f'one pixel) in images with id {_shorten(self._images_with_drops)}',
                 logger='current',
-                level='WARNING',
+                level=logging.WARNING,
             )
         return data_list
 

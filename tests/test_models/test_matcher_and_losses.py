@@ -151,7 +151,9 @@ def test_denoising_losses_without_objects_are_zero_and_connected():
     samples, scores, boxes = make_batch([0, 0], 5)
     scores.requires_grad_()
     losses = make_criterion().denoised(scores[:, :, :0], boxes[:, :, :0], collate_targets(samples, NUM_CLASSES), 0)
-    assert {k: v.tolist() for k, v in losses.items()} == dict.fromkeys(('loss_cls', 'loss_bbox', 'loss_iou'), [0, 0])
+    assert {k: v.tolist() for k, v in losses.items()} == {
+        name: [0, 0] for name in ('loss_cls', 'loss_bbox', 'loss_iou')
+    }
     sum(v.sum() for v in losses.values()).backward()
     assert torch.equal(scores.grad, torch.zeros_like(scores))
 
