@@ -16,12 +16,12 @@ model = dict(
     positional_encoding=dict(num_feats=64),
     encoder=dict(num_layers=2, feedforward_channels=512),
     decoder=dict(num_layers=3, feedforward_channels=512),
-    denoising=dict(num_dn_queries=20),
+    denoising=dict(num_dn_queries=60),
     bbox_head=dict(num_classes=10),
     test_cfg=dict(max_per_img=40),
 )
 
-max_iters = 600
+max_iters = 800
 train_cfg = dict(max_iters=max_iters, val_interval=200)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
@@ -29,7 +29,7 @@ param_scheduler = [
 ]
 # Nothing is pretrained, so the backbone learns as fast as the rest.
 optim_wrapper = dict(
-    optimizer=dict(lr=4e-4), clip_grad=dict(max_norm=1.0), paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0)
+    optimizer=dict(lr=1.5e-3), clip_grad=dict(max_norm=1.0), paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0)
 )
-default_hooks = dict(checkpoint=dict(interval=200, max_keep_ckpts=1))
+default_hooks = dict(checkpoint=dict(interval=400, max_keep_ckpts=1))
 randomness = dict(seed=0)

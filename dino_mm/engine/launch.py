@@ -54,5 +54,11 @@ def build_runner(config: Config) -> Runner:
 
 def _use_gloo(config: Config) -> None:
     """Set up processes on CPUs: mmengine's own set-up selects a GPU first and fails without one."""
-    config.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
+    config.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': config.get('find_unused_parameters', False),
+        **config.get('model_wrapper_cfg', {}),
+        'device_ids': None,  # mmengine's default is a GPU's number
+    }
     torch.distributed.init_process_group('gloo')
