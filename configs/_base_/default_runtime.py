@@ -1,4 +1,6 @@
 default_scope = 'mmdet'
+# Types such as dino_mm.DINO need no import; this makes checkpoints load before a model is built, as inferencers do.
+custom_imports = dict(imports=['dino_mm'], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

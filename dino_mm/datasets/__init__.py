@@ -1,6 +1,6 @@
 """Data sets and transforms; importing this package registers them."""
 
 from .coco import CheckedCocoDataset
-from .transforms import LoadReadableImage, ResizeShortestEdge
+from .transforms import ResizeShortestEdge
 
-__all__ = ['CheckedCocoDataset', 'LoadReadableImage', 'ResizeShortestEdge']
+__all__ = ['CheckedCocoDataset', 'ResizeShortestEdge']

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from mmdet.datasets import CocoDataset
 from mmengine.logging import print_log
@@ -22,9 +23,10 @@ def require_annotation_file(path: str, key: str) -> None:
 
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
-    """mmdet's ``CocoDataset`` with checks while it loads, none of them in the training loop.
+    """mmdet's ``CocoDataset`` with checks, all of them on the host and off the training loop.
 
     - A missing annotation file, classes that the file does not have, boxes with NaN: errors.
+    - An image that cannot be read: an error that names it, as any error of the pipeline does.
     - Boxes without area inside the image, or under one pixel, are dropped, as mmdet does, with a count in the log.
     - ``filter_empty_gt`` also removes images whose annotations are all crowd or all dropped.
     """
@@ -75,6 +77,17 @@ class CheckedCocoDataset(CocoDataset):
             logger='current',
         )
         return kept
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on one image; an error in it names the image."""
+        try:
+            return super().prepare_data(idx)
+        except Exception as error:
+            info = self.get_data_info(idx)
+            raise RuntimeError(
+                f'Cannot prepare image id {info["img_id"]} ({info["img_path"]}): {type(error).__name__}: {error}. '
+                f'If the file is missing or damaged, replace it, or remove the image from {self.ann_file}.'
+            ) from error
 
     def _raise_unknown_classes(self) -> None:
         names = [category['name'] for category in json.loads(Path(self.ann_file).read_text())['categories']]

@@ -1,28 +1,8 @@
 """Transforms in which detrex's input differs from mmdet's."""
 
-from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import Resize
 
 from dino_mm.registry import TRANSFORMS
-
-
-@TRANSFORMS.register_module()
-class LoadReadableImage(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile`` whose errors name file and image id."""
-
-    def transform(self, results: dict) -> dict | None:
-        """Load the image ``results['img_path']``.
-
-        Raises:
-            OSError: The file is missing or is not an image.
-        """
-        try:
-            return super().transform(results)
-        except Exception as error:
-            raise OSError(
-                f'Cannot read image id {results.get("img_id", "unknown")} ({results["img_path"]}): {error}. '
-                'Replace the file, or remove the image from the annotation file.'
-            ) from error
 
 
 @TRANSFORMS.register_module()

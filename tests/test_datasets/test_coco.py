@@ -38,7 +38,7 @@ def build(root: Path, **more):
         data_prefix=dict(img=''),
         metainfo=dict(classes=CLASSES),
         filter_cfg=dict(filter_empty_gt=True),
-        pipeline=[dict(type='dino_mm.LoadReadableImage'), dict(type='LoadAnnotations', with_bbox=True)],
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)],
     )
     return DATASETS.build(ConfigDict(cfg | more))
 
@@ -109,7 +109,9 @@ def test_unreadable_image_names_file_and_id(tmp_path, damage: str, backend: str)
         image.unlink()
     else:
         image.write_bytes(image.read_bytes()[:20] if damage == 'truncated' else b'no image')
-    pipeline = [dict(type='dino_mm.LoadReadableImage', imdecode_backend=backend)]
+    pipeline = [dict(type='LoadImageFromFile', imdecode_backend=backend)]
     dataset = build(tmp_path, pipeline=pipeline)
-    with pytest.raises(OSError, match=r'Cannot read image id 2 \(.*2\.png\).*remove the image'):
+    with pytest.raises(
+        RuntimeError, match=r'Cannot prepare image id 2 \(.*2\.png\).*remove the image from .*ann\.json'
+    ):
         dataset[0]

@@ -190,3 +190,22 @@ def test_own_part_replaces_ours(tiny_cfg: Config) -> None:
     assert type(model.denoising) is QuietGenerator
     assert model.denoising.num_classes == 5
     assert all(v.isfinite() for v in model.loss(*make_samples((2, 1))).values())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_keeps_boxes_and_losses_in_float32(dtype: torch.dtype, tiny_cfg: Config) -> None:
+    tiny_cfg.denoising.update(label_noise_ratio=0, box_noise_scale=0)
+    model = build(tiny_cfg)
+    inputs, samples = make_samples((2, 1), sizes=((64, 96), (64, 64)))
+    full = model.loss(inputs, samples)
+    with torch.autocast('cpu', dtype=dtype):
+        states = model.forward_transformer(model.extract_feat(inputs), samples)
+        scores, boxes = model.bbox_head(**states)
+        losses = model.loss(inputs, samples)
+    assert all(reference.dtype is torch.float32 for reference in states['references'])
+    assert scores.dtype is boxes.dtype is torch.float32
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for name, value in losses.items():
+        assert value.dtype is torch.float32
+        assert value.item() == pytest.approx(full[name].item(), rel=0.1, abs=0.02), name

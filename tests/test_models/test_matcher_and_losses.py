@@ -102,7 +102,7 @@ def test_matching_and_losses_equal_naive_loops(counts, num_queries, seed):
     targets = collate_targets(samples, NUM_CLASSES)
     criterion = make_criterion()
     match = criterion.matcher(scores, boxes, targets)
-    losses = criterion.matched(scores, boxes, targets)
+    losses = criterion.matched(scores, boxes, targets, criterion.num_boxes(targets, scores))
     num_boxes = max(1, sum(counts))
     for layer in range(len(scores)):
         expected = {'loss_cls': 0.0, 'loss_bbox': 0.0, 'loss_iou': 0.0}
@@ -128,7 +128,8 @@ def test_denoising_losses_equal_naive_loops(counts):
     groups, slots = 3, max(counts)
     samples, scores, boxes = make_batch(counts, groups * 2 * slots)
     targets = collate_targets(samples, NUM_CLASSES)
-    losses = make_criterion().denoised(scores, boxes, targets, groups)
+    criterion = make_criterion()
+    losses = criterion.denoised(scores, boxes, targets, criterion.num_boxes(targets, scores), groups)
     num_boxes = sum(counts) * groups
     for layer in range(len(scores)):
         expected = {'loss_cls': 0.0, 'loss_bbox': 0.0, 'loss_iou': 0.0}
@@ -150,7 +151,8 @@ def test_denoising_losses_equal_naive_loops(counts):
 def test_denoising_losses_without_objects_are_zero_and_connected():
     samples, scores, boxes = make_batch([0, 0], 5)
     scores.requires_grad_()
-    losses = make_criterion().denoised(scores[:, :, :0], boxes[:, :, :0], collate_targets(samples, NUM_CLASSES), 0)
+    targets = collate_targets(samples, NUM_CLASSES)
+    losses = make_criterion().denoised(scores[:, :, :0], boxes[:, :, :0], targets, torch.tensor(1.0), 0)
     assert {k: v.tolist() for k, v in losses.items()} == {
         name: [0, 0] for name in ('loss_cls', 'loss_bbox', 'loss_iou')
     }

@@ -82,7 +82,7 @@ def test_schedule_optimizer_and_batch(cfg: Config, recipe: dict) -> None:
 
 def test_augmentation(cfg: Config, recipe: dict) -> None:
     pipeline = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
-    assert list(pipeline)[:4] == ['dino_mm.LoadReadableImage', 'LoadAnnotations', 'RandomFlip', 'RandomChoice']
+    assert list(pipeline)[:4] == ['LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice']
     plain, cropped = pipeline['RandomChoice'].transforms
     mapper = recipe['train_mapper']
     flip, resize = mapper['augmentation']

@@ -109,3 +109,46 @@ def test_missing_annotations_end_with_the_remedy(tmp_path: Path) -> None:
 def test_unknown_config_names_the_closest() -> None:
     done = python('tools/train.py', 'dino-demo/dino_digit.py', status=1)
     assert 'dino-demo/dino_digits.py' in done.stderr.splitlines()[-1]
+
+
+def test_mmdets_inferencer_takes_config_and_checkpoint(trained: Path, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / 'config.py'
+    settings = options(TINY | data_options(data))[1:]
+    code = """
+import sys
+from mmengine.config import Config
+from mmdet.apis import DetInferencer
+config, checkpoint, image, out, *settings = sys.argv[1:]
+inferencer = DetInferencer(model=config, weights=checkpoint, device='cpu')
+predictions = inferencer(image, out_dir=out, pred_score_thr=0.0)['predictions'][0]
+print(sorted(predictions), len(predictions['scores']))
+"""
+    shrink = """
+import sys
+from mmengine.config import Config, DictAction
+cfg = Config.fromfile(sys.argv[1])
+cfg.merge_from_dict({k: DictAction._parse_iterable(v) for k, v in (s.split('=', 1) for s in sys.argv[3:])})
+cfg.dump(sys.argv[2])
+"""
+    python('-c', shrink, CONFIG, config, *settings)
+    image = next((data / 'val').glob('*.png'))
+    done = python('-c', code, config, trained / 'iter_4.pth', image, tmp_path / 'out')
+    assert "['bboxes', 'labels', 'scores'] " in done.stdout
+    assert (tmp_path / 'out' / 'vis' / image.name).exists()
+
+
+def test_training_arguments_reach_the_config(tmp_path: Path) -> None:
+    """``--amp`` and ``--auto-scale-lr``; the first needs a GPU to run."""
+    code = """
+import sys
+sys.path.insert(0, 'tools')
+import train
+from dino_mm.engine.launch import load_config
+args = train.parse_args()
+config = load_config(args)
+train.apply_training_arguments(config, args)
+print(config.optim_wrapper.type, config.optim_wrapper.loss_scale, config.auto_scale_lr.enable, config.work_dir)
+"""
+    arguments = ('dino-resnet/dino_r50_4scale_12ep.py', '--amp', '--auto-scale-lr')
+    done = python('-c', code, *arguments)
+    assert done.stdout.split()[-4:] == ['AmpOptimWrapper', 'dynamic', 'True', 'work_dirs/dino_r50_4scale_12ep']

@@ -11,21 +11,22 @@ resize_before_crop = dict(
 )
 crop = dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True)
 
-load_image = dict(type='dino_mm.LoadReadableImage', imdecode_backend='pillow', backend_args=backend_args)
+load_image = dict(type='LoadImageFromFile', imdecode_backend='pillow', backend_args=backend_args)
+meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
 train_pipeline = [
     load_image,
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomChoice', transforms=[[resize], [resize_before_crop, crop, resize]]),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-5, 1e-5), keep_empty=False),
-    dict(type='PackDetInputs'),
+    dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
 test_resize = dict(type='dino_mm.ResizeShortestEdge', scale=(800, 1333))
 test_pipeline = [
     load_image,
     test_resize,
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs'),
+    dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
 tta_pipeline = [
     load_image,
@@ -35,7 +36,7 @@ tta_pipeline = [
             [test_resize],
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
             [dict(type='LoadAnnotations', with_bbox=True)],
-            [dict(type='PackDetInputs')],
+            [dict(type='PackDetInputs', meta_keys=meta_keys)],
         ],
     ),
 ]

@@ -2,7 +2,7 @@ data_root = 'data/digits/'
 metainfo = dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'))
 
 # No flip: a mirrored digit is another sign. No resize: all scenes are 128 x 128.
-load_image = dict(type='dino_mm.LoadReadableImage')
+load_image = dict(type='LoadImageFromFile')
 keep_size = dict(type='dino_mm.ResizeShortestEdge', scale=(128, 128))
 train_pipeline = [
     load_image,
@@ -13,7 +13,10 @@ test_pipeline = [
     load_image,
     keep_size,
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs'),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
+    ),
 ]
 
 train_dataloader = dict(

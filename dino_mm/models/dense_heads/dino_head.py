@@ -119,9 +119,10 @@ class DINOHead(BaseModule):
         if selection.scores is not None and selection.boxes is not None:
             scores = torch.cat([scores, selection.scores.to(scores.dtype)[None]])
             boxes = torch.cat([boxes, selection.boxes[None]])
-        losses = name_losses(self.criterion.matched(scores, boxes, targets), [*names, 'enc_'])
+        num_boxes = self.criterion.num_boxes(targets, scores)
+        losses = name_losses(self.criterion.matched(scores, boxes, targets, num_boxes), [*names, 'enc_'])
         if num_dn_groups is not None:
-            dn_losses = self.criterion.denoised(dn_scores, dn_boxes, targets, num_dn_groups)
+            dn_losses = self.criterion.denoised(dn_scores, dn_boxes, targets, num_boxes, num_dn_groups)
             losses |= name_losses(dn_losses, [f'{name}dn_' for name in names])
         return losses
 

@@ -140,8 +140,8 @@ class LearnedQueries(BaseModule):
         self.query_embedding = nn.Embedding(num_queries, embed_dims)
         self.reference_logits = nn.Embedding(num_queries, 4)
 
-    def forward(self, memory: Tensor, *unused: object) -> QuerySelection:
-        """The same queries for every image of ``memory`` (bs, num_tokens, dim)."""
+    def forward(self, memory: Tensor, tokens: Tokens, cls_branch: nn.Module, reg_branch: nn.Module) -> QuerySelection:
+        """The same queries for every image of ``memory`` (bs, num_tokens, dim); the rest is not looked at."""
         bs = len(memory)
         reference = self.reference_logits.weight.sigmoid()
         return QuerySelection(self.query_embedding.weight.expand(bs, -1, -1), reference.expand(bs, -1, -1))

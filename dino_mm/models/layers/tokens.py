@@ -53,7 +53,7 @@ def flatten_levels(
 def padding_masks(feats: Sequence[Tensor], samples: Sequence[DetDataSample]) -> list[Tensor | None]:
     """For each feature map where it is padding, (bs, height, width) bool; None for all if no image is padded."""
     batch_shapes = {tuple(sample.batch_input_shape) for sample in samples}
-    if {tuple(sample.img_shape[:2]) for sample in samples} == batch_shapes or not samples:
+    if {tuple(sample.img_shape[:2]) for sample in samples} == batch_shapes:
         return [None] * len(feats)
     mask = feats[0].new_ones(len(samples), *batch_shapes.pop(), dtype=torch.float32)
     for image, sample in zip(mask, samples, strict=True):

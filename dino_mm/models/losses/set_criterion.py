@@ -44,13 +44,18 @@ class SetCriterion(nn.Module):
         self.loss_iou = loss_iou
         self.matcher = matcher
 
-    def matched(self, scores: Tensor, boxes: Tensor, targets: Targets) -> LayerLosses:
+    def num_boxes(self, targets: Targets, like: Tensor) -> Tensor:
+        """Objects of the batch, averaged over the processes, at least 1: what all losses are divided by."""
+        return reduce_mean(like.new_tensor(targets.total)).clamp(min=1)
+
+    def matched(self, scores: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor) -> LayerLosses:
         """Losses of the queries that the matcher pairs with objects.
 
         Args:
             scores: (num_layers, bs, num_queries, num_classes) logits.
             boxes: (num_layers, bs, num_queries, 4) cxcywh in [0, 1].
             targets: Ground truth of the batch.
+            num_boxes: See :meth:`num_boxes`.
         """
         num_queries = scores.shape[2]
         match = self.matcher(scores, boxes, targets)
@@ -59,22 +64,18 @@ class SetCriterion(nn.Module):
         labels = match.new_full((*scores.shape[:2], num_queries + 1), self.num_classes)
         labels = labels.scatter(2, match, targets.labels.expand_as(match))[..., :-1]
         index = match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4)
-        return self._losses(
-            scores,
-            labels,
-            boxes.gather(2, index),
-            targets.boxes,
-            paired,
-            self._num_boxes(targets, scores),
-        )
+        return self._losses(scores, labels, boxes.gather(2, index), targets.boxes, paired, num_boxes)
 
-    def denoised(self, scores: Tensor, boxes: Tensor, targets: Targets, num_groups: int) -> LayerLosses:
+    def denoised(
+        self, scores: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor, num_groups: int
+    ) -> LayerLosses:
         """Losses of the denoising queries: positives restore their object, all others are background.
 
         Args:
             scores: (num_layers, bs, num_dn, num_classes) logits.
             boxes: (num_layers, bs, num_dn, 4) cxcywh in [0, 1].
             targets: Ground truth of the batch.
+            num_boxes: See :meth:`num_boxes`; every group restores all objects.
             num_groups: Number of denoising groups; 0 gives losses of 0 that every parameter still takes part in.
         """
         if num_groups == 0:
@@ -86,12 +87,7 @@ class SetCriterion(nn.Module):
         restored = torch.where(targets.mask, targets.labels, self.num_classes)
         labels = torch.stack([restored, torch.full_like(restored, self.num_classes)], 1)
         labels = labels[None, :, None].expand(num_layers, -1, num_groups, -1, -1)
-        num_boxes = self._num_boxes(targets, scores) * num_groups
-        return self._losses(scores, labels, positives, targets.boxes[:, None], paired, num_boxes)
-
-    def _num_boxes(self, targets: Targets, like: Tensor) -> Tensor:
-        """Objects of the batch, averaged over the processes, at least 1: the divisor of all losses."""
-        return reduce_mean(like.new_tensor(targets.total)).clamp(min=1)
+        return self._losses(scores, labels, positives, targets.boxes[:, None], paired, num_boxes * num_groups)
 
     def _losses(
         self,
