@@ -21,7 +21,7 @@ help: ## list the targets
 setup: ## make or complete the environment in $VENV (default .venv)
 	@$(PYTHON) tools/setup_env.py
 
-demo: setup ## detect objects in the sample images
+demo: setup ## train a small DINO on handwritten digits, evaluate it, draw its detections
 	$(VENV)/bin/python tools/demo.py
 
 test: setup ## run the tests

@@ -1,58 +1,43 @@
+_base_ = 'coco_detection.py'
+
 data_root = 'data/digits/'
 metainfo = dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'))
 
-# No flip: a mirrored digit is another sign. No resize: all scenes are 128 x 128.
-load_image = dict(type='LoadImageFromFile')
-keep_size = dict(type='dino_mm.ResizeShortestEdge', scale=(128, 128))
+# No flip: a mirrored digit is another sign. No change of size: all scenes are 128 x 128.
 train_pipeline = [
-    load_image,
+    {{_base_.load_image}},
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
-    load_image,
-    keep_size,
+    {{_base_.load_image}},
+    dict(type='dino_mm.ResizeShortestEdge', scale=(128, 128)),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
-    ),
+    dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}}),
 ]
 
+loader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    **loader,
     dataset=dict(
-        type='dino_mm.CheckedCocoDataset',
         data_root=data_root,
         metainfo=metainfo,
         ann_file='annotations/train.json',
         data_prefix=dict(img='train/'),
-        filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    **loader,
     dataset=dict(
-        type='dino_mm.CheckedCocoDataset',
         data_root=data_root,
         metainfo=metainfo,
         ann_file='annotations/val.json',
         data_prefix=dict(img='val/'),
-        test_mode=True,
         pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(
-    type='dino_mm.CheckedCocoMetric',
-    ann_file=data_root + 'annotations/val.json',
-    metric='bbox',
-    proposal_nums=(1, 10, 100),
-)
+val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
