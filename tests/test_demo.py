@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import python
 from PIL import Image
-
-from tools import python
 
 #: Iterations of the short version, and the box AP that it must reach.
 ITERATIONS, MIN_MAP, MIN_AP50 = 200, 0.05, 0.10

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import MMDET_TOOLS, ROOT, options, python, scalars
 
 import dino_mm
 from dino_mm.datasets.digits import make_digits
 from dino_mm.shipped import config_root
-from tools import MMDET_TOOLS, ROOT, options, python, scalars
 
 PROJECT = Path(__file__).parent / 'downstream_project'
 

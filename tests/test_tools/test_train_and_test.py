@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, TINY, data_options, options, python, run, scalars
 from PIL import Image
 
 from dino_mm.datasets.digits import make_digits
-from tools import ROOT, TINY, data_options, options, python, run, scalars
 
 CONFIG = 'configs/dino-demo/dino_digits.py'
 
