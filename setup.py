@@ -60,7 +60,7 @@ setup(
     # mmengine looks up a package's path by its distribution name and stumbles where that equals the module's name.
     name='mmdet-dino',
     version=read_version(),
-    description='DINO for MMDetection 3.x: the detrex model zoo as registered modules and configs',
+    description='DINO for MMDetection 3.x as registered modules and configs, numerically equal to detrex',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

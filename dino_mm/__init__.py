@@ -1,4 +1,4 @@
-"""DINO for MMDetection 3.x: the detrex model zoo as registered modules and mmengine configs."""
+"""DINO for MMDetection 3.x as registered modules and mmengine configs, numerically equal to detrex's."""
 
 from .compat import allow_mmengine_checkpoints, check_versions
 from .shipped import cfg

@@ -19,7 +19,6 @@ TINY = {
     'model.neck.in_channels': '[8,16,32]',
     'model.neck.out_channels': 16,
     'model.neck.norm_cfg.num_groups': 4,
-    'model.positional_encoding.num_feats': 8,
     'model.encoder.num_heads': 2,
     'model.decoder.num_heads': 2,
     'model.encoder.feedforward_channels': 32,

@@ -41,7 +41,6 @@ def tiny_model_cfg() -> Config:
         'neck.in_channels': [8, 16, 32],
         'neck.out_channels': 16,
         'neck.norm_cfg.num_groups': 4,
-        'positional_encoding.num_feats': 8,
         'encoder.num_layers': 1,
         'encoder.num_heads': 2,
         'encoder.feedforward_channels': 32,

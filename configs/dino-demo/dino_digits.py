@@ -13,7 +13,6 @@ model = dict(
         depth=18, base_channels=32, frozen_stages=-1, norm_cfg=dict(requires_grad=True), norm_eval=False, init_cfg=None
     ),
     neck=dict(in_channels=[64, 128, 256], out_channels=128, num_outs=3),
-    positional_encoding=dict(num_feats=64),
     encoder=dict(num_layers=2, feedforward_channels=512),
     decoder=dict(num_layers=3, feedforward_channels=512),
     denoising=dict(num_dn_queries=60),

@@ -123,8 +123,10 @@ def test_loss_is_the_same_in_eval_mode_without_noise(tiny_cfg: Config) -> None:
 @pytest.mark.parametrize(
     ('change', 'error', 'words'),
     [
-        ({'num_feature_levels': 4}, ValueError, ['3 feature maps', 'num_feature_levels', 'neck.num_outs']),
-        ({'neck.num_outs': 4}, ValueError, ['4 feature maps', '`num_feature_levels` is 3']),
+        ({'num_feature_levels': 4}, ValueError, ['3 feature maps', 'expects 4', 'neck.num_outs']),
+        ({'neck.num_outs': 4}, ValueError, ['4 feature maps', 'expects 3', 'num_feature_levels']),
+        ({'neck.out_channels': 32}, ValueError, ['of 32 channels', 'of 16', 'neck.out_channels']),
+        ({'positional_encoding.num_feats': 16}, ValueError, ['positional_encoding.num_feats', '8', 'Remove']),
         ({'denoising.num_dn_querys': 5}, TypeError, ['denoising', 'num_dn_querys', 'Did you mean `num_dn_queries`']),
         ({'denoising.num_dn_queries': 0}, ValueError, ['denoising.num_dn_queries', 'denoising=None']),
         ({'denoising.box_noise_scale': -1}, ValueError, ['box_noise_scale', 'negative']),

@@ -69,6 +69,16 @@ def test_test_evaluates_dumps_and_shows(trained: Path, data: Path, tmp_path: Pat
     assert np.array(Image.open(pictures[0])).shape == (128, 256, 3)  # truth and predictions side by side
 
 
+def test_test_time_augmentation_runs_every_size(trained: Path, data: Path, tmp_path: Path) -> None:
+    done = python(
+        *('tools/test.py', CONFIG, trained / 'iter_4.pth', '--work-dir', tmp_path, '--tta'),
+        *('--out', tmp_path / 'out.pkl', *options(TINY | data_options(data))),
+    )
+    assert 'coco/bbox_mAP:' in done.stdout
+    boxes = torch.cat([r['pred_instances']['bboxes'] for r in pickle.loads((tmp_path / 'out.pkl').read_bytes())])
+    assert 0 < boxes.max() <= 128  # in pixels of the original image, whatever the size
+
+
 def test_faster_backend_gives_the_same_ap(trained: Path, data: Path, tmp_path: Path) -> None:
     figures = []
     for backend in ('pycocotools', 'faster-coco-eval'):

@@ -15,6 +15,18 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}}),
 ]
+tta_pipeline = [
+    {{_base_.load_image}},
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='dino_mm.ResizeShortestEdge', scale=(size, size)) for size in (128, 160)],
+            [dict(type='RandomFlip', prob=0.0)],  # mmdet's TTA asks every image whether it was flipped
+            [dict(type='LoadAnnotations', with_bbox=True)],
+            [dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}})],
+        ],
+    ),
+]
 
 loader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 train_dataloader = dict(

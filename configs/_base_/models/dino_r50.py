@@ -32,9 +32,7 @@ model = dict(
         norm_cfg=dict(type='GN', num_groups=32),
         num_outs=4,
     ),
-    positional_encoding=dict(
-        type='SinePositionalEncoding', num_feats=128, temperature=10000, normalize=True, offset=-0.5
-    ),
+    positional_encoding=dict(type='SinePositionalEncoding', temperature=10000, normalize=True, offset=-0.5),
     encoder=dict(
         type='dino_mm.DINOEncoder', num_layers=6, num_heads=8, num_points=4, feedforward_channels=2048, dropout=0.0
     ),

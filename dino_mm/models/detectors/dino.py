@@ -32,7 +32,8 @@ class DINO(DetectionTransformer):
 
     Args:
         backbone, neck: mmdet modules; the neck gives ``num_feature_levels`` maps of ``embed_dims`` channels.
-        positional_encoding: Position embedding of the feature maps, such as mmdet's ``SinePositionalEncoding``.
+        positional_encoding: Position embedding of the feature maps, such as mmdet's ``SinePositionalEncoding``; its
+            ``num_feats``, half of ``embed_dims``, is handed down.
         encoder, decoder: Transformer, see :class:`DINOEncoder` and :class:`DINODecoder`.
         query_selector: Where queries start, see :class:`MixedQuerySelector`; None learns them without the encoder.
         denoising: Denoising queries, see :class:`CDNGenerator`; None trains without.
@@ -77,7 +78,7 @@ class DINO(DetectionTransformer):
         self.num_queries = num_queries
         self.num_feature_levels = num_feature_levels
         self.embed_dims = embed_dims
-        self._check_levels(neck.get('num_outs', num_feature_levels))
+        self._check_neck(neck.get('num_outs', num_feature_levels), neck.get('out_channels', embed_dims))
 
         self.backbone = build_part('backbone', backbone)
         self.neck = build_part('neck', neck)
@@ -108,7 +109,9 @@ class DINO(DetectionTransformer):
     ) -> None:
         """Build what lies between neck and head."""
         widths = dict(embed_dims=self.embed_dims, num_levels=self.num_feature_levels)
-        self.positional_encoding = build_part('positional_encoding', positional_encoding)
+        self.positional_encoding = build_part(
+            'positional_encoding', positional_encoding, num_feats=self.embed_dims // 2
+        )
         self.level_embed = nn.Parameter(torch.randn(self.num_feature_levels, self.embed_dims))
         self.encoder = build_part('encoder', encoder, **widths)
         self.decoder = build_part('decoder', decoder, **widths)
@@ -145,7 +148,7 @@ class DINO(DetectionTransformer):
 
     def pre_transformer(self, mlvl_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None) -> Tokens:
         """Flatten the feature maps (bs, dim, height, width) into tokens with positions."""
-        self._check_levels(len(mlvl_feats))
+        self._check_neck(len(mlvl_feats), mlvl_feats[0].shape[1])
         return flatten_levels(mlvl_feats, batch_data_samples or [], self.positional_encoding, self.level_embed)
 
     def forward_encoder(self, tokens: Tokens) -> Tensor:
@@ -177,9 +180,10 @@ class DINO(DetectionTransformer):
             attn_mask = denoising.attn_mask if denoising.num_groups else None
         return self.decoder(query, reference, memory, tokens, self.bbox_head.reg_branches, attn_mask)
 
-    def _check_levels(self, num_maps: int) -> None:
-        if num_maps != self.num_feature_levels:
+    def _check_neck(self, num_maps: int, channels: int) -> None:
+        if (num_maps, channels) != (self.num_feature_levels, self.embed_dims):
             raise ValueError(
-                f'The neck gives {num_maps} feature maps, `num_feature_levels` is {self.num_feature_levels}. '
-                'Set `model.num_feature_levels` and `model.neck.num_outs` to the same number.'
+                f'The neck gives {num_maps} feature maps of {channels} channels, the detector expects '
+                f'{self.num_feature_levels} of {self.embed_dims}. Set `model.num_feature_levels` and '
+                '`model.neck.num_outs` to the same number, `model.embed_dims` and `model.neck.out_channels` too.'
             )
