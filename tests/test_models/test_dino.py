@@ -10,6 +10,7 @@ from conftest import make_samples, tiny_model_cfg
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_mm.models import DINO
 from dino_mm.registry import MODELS
@@ -211,3 +212,43 @@ def test_autocast_keeps_boxes_and_losses_in_float32(dtype: torch.dtype, tiny_cfg
     for name, value in losses.items():
         assert value.dtype is torch.float32
         assert value.item() == pytest.approx(full[name].item(), rel=0.1, abs=0.02), name
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operators at which a GPU would make the host wait."""
+
+    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'equal.default', 'is_nonzero')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        masked = 'index' in name and any(
+            isinstance(i, torch.Tensor) and i.dtype is torch.bool for a in args if isinstance(a, list) for i in a
+        )
+        if masked or any(word in name for word in self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class PlainLoss(torch.nn.Module):
+    """In place of mmdet's FocalLoss, which on a CPU checks its labels' range on the host; on a GPU it is a kernel."""
+
+    def forward(self, scores, labels, reduction_override):
+        return scores * labels[:, None]
+
+
+def test_a_training_step_copies_to_the_host_once(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny_cfg)
+    model.bbox_head.criterion.loss_cls = PlainLoss()
+    copies = []
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda tensor: copies.append(tensor.shape) or to_host(tensor))
+    inputs, samples = make_samples((3, 0, 2), sizes=((64, 96), (64, 64), (32, 96)))
+    with CountWaits() as waits:
+        losses = model.loss(inputs, samples)
+        sum(losses.values()).backward()
+    assert waits.found == []
+    assert copies == [(3, 3, 12, 3)]  # layers and encoder, images, queries, objects of the fullest image
