@@ -1,5 +1,7 @@
 """Where the decoder's queries start: from the encoder (mixed or pure selection) or from learnt parameters."""
 
+from abc import abstractmethod
+
 import torch
 from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 from mmengine.model import BaseModule
@@ -66,9 +68,9 @@ class EncoderQuerySelector(BaseModule):
         super().init_weights()
         init_transformer(self)
 
+    @abstractmethod
     def content(self, boxes: Tensor) -> Tensor:
         """Content queries (bs, num_queries, dim) for the selected ``boxes`` (bs, num_queries, 4), detached."""
-        raise NotImplementedError
 
     def forward(self, memory: Tensor, tokens: Tokens, cls_branch: nn.Module, reg_branch: nn.Module) -> QuerySelection:
         """Select queries from ``memory`` (bs, num_tokens, dim) with the head's encoder branches."""
