@@ -5,6 +5,7 @@ it is used instead (:func:`golden`).
 """
 
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -74,6 +75,8 @@ def rule_weights(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         value = 0.1 * z / np.sqrt(np.prod(shape[1:]))
     elif re.search(r'(^|\.)class_embed\.\d+\.bias$', name):
         value = -3 + 0.5 * z
+    elif 'gamma' in last or 'layer_scale' in last:
+        value = 0.1 + 0.02 * z
     elif len(shape) <= 1:
         value = 1 + 0.05 * z if last == 'weight' else 0.05 * z
     else:
@@ -88,6 +91,31 @@ def fill_by_rule(model: nn.Module) -> nn.Module:
         if value is not None:
             tensor.copy_(torch.from_numpy(value))
     return model
+
+
+def rule_state(arch: str, prefix: str = '') -> dict[str, Tensor]:
+    """Detrex's state dict of ``arch`` with the rule's weights, in float64; names that begin with ``prefix``."""
+    keys = golden(f'keys/{arch}.json')
+    state = {}
+    for name, shape in keys['tensors'].items():
+        if not name.startswith(prefix) or name in keys['aliases'] or name in keys['non_float32']:
+            continue
+        value = rule_weights(name, tuple(shape))
+        state[name] = grid_bias(*shape) if value is None else torch.from_numpy(np.asarray(value))
+    for alias, name in keys['aliases'].items():
+        if alias.startswith(prefix):
+            state[alias] = state[name]
+    return state
+
+
+def grid_bias(length: int, num_heads: int = 8, num_points: int = 4) -> Tensor:
+    """The sampling offsets' bias as deformable attention starts: a ring of directions, one step further a point."""
+    angles = torch.arange(num_heads, dtype=torch.float32) * (2.0 * math.pi / num_heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions = directions / directions.abs().max(-1, keepdim=True).values
+    steps = torch.arange(1, num_points + 1)[:, None]
+    ring = directions[:, None, None] * steps
+    return ring.expand(-1, length // (num_heads * num_points * 2), -1, -1).flatten().double()
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:

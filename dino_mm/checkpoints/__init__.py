@@ -1,0 +1,1 @@
+"""Checkpoints of other DINO implementations and of bare backbones."""

@@ -1,0 +1,1 @@
+"""Naming schemes of bare backbones, as their authors publish them and as detrex's detectors hold them."""
