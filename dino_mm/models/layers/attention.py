@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..structures import FeatureLevels
 
+#: Images that mmcv's CUDA op takes at once; its default.
+IM2COL_STEP = 64
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with residual; positions are added to queries and keys, not to values.
@@ -87,7 +90,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
         value = value.view(bs, -1, self.num_heads, value.shape[-1] // self.num_heads)
-        output = self.sample(value.to(locations), locations, weights.to(locations), levels)
+        output = sample_levels(value.to(locations), locations, weights.to(locations), levels)
         return query + self.dropout(self.output_proj(output))
 
     def sampling_locations(self, offsets: Tensor, reference: Tensor, levels: FeatureLevels) -> Tensor:
@@ -100,10 +103,21 @@ class DeformableAttention(MultiScaleDeformableAttention):
             return reference + offsets / levels.shape_tensor.flip(-1)[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
 
-    def sample(self, value: Tensor, locations: Tensor, weights: Tensor, levels: FeatureLevels) -> Tensor:
-        """Weighted sum of bilinear samples, (bs, num_queries, dim): mmcv's op on a GPU, its PyTorch code on a CPU."""
-        if value.is_cuda:
-            return MultiScaleDeformableAttnFunction.apply(
-                value, levels.shape_tensor, levels.start_index, locations, weights, self.im2col_step
-            )
-        return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
+
+def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: FeatureLevels) -> Tensor:
+    """Weighted sum of bilinear samples: mmcv's op on a GPU, its PyTorch code on a CPU.
+
+    Args:
+        value: (bs, num_tokens, num_heads, dim / num_heads); 0 is read outside of a level.
+        locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y) in [0, 1] of the level.
+        weights: (bs, num_queries, num_heads, num_levels, num_points).
+        levels: Geometry of the tokens.
+
+    Returns:
+        (bs, num_queries, dim).
+    """
+    if value.is_cuda:
+        return MultiScaleDeformableAttnFunction.apply(
+            value, levels.shape_tensor, levels.start_index, locations, weights, IM2COL_STEP
+        )
+    return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
