@@ -14,3 +14,10 @@ TASK_UTILS = Registry('task util', parent=root.TASK_UTILS, scope=SCOPE, location
 DATASETS = Registry('dataset', parent=root.DATASETS, scope=SCOPE, locations=['dino_mm.datasets'])
 TRANSFORMS = Registry('transform', parent=root.TRANSFORMS, scope=SCOPE, locations=['dino_mm.datasets'])
 METRICS = Registry('metric', parent=root.METRICS, scope=SCOPE, locations=['dino_mm.evaluation'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=root.OPTIM_WRAPPER_CONSTRUCTORS,
+    scope=SCOPE,
+    locations=['dino_mm.engine'],
+)
+HOOKS = Registry('hook', parent=root.HOOKS, scope=SCOPE, locations=['dino_mm.engine'])

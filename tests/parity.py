@@ -4,6 +4,7 @@ The goldens in ``tests/data/parity`` are a small part of a larger set; where the
 it is used instead (:func:`golden`).
 """
 
+import gzip
 import json
 import math
 import re
@@ -156,9 +157,16 @@ def add_gts(samples: list[DetDataSample], boxes: list, labels: list) -> list[Det
     return samples
 
 
+def flat_sample(tensor: Tensor, count: int) -> Tensor:
+    """``count`` values at evenly spaced flat indices, the first and last included."""
+    return tensor.flatten()[torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).long()]
+
+
 def golden(name: str) -> Any:
-    """Load ``name`` (``.npz`` or ``.json``) from the full set, else from the small one."""
-    path = next(root / name for root in (FULL, SMALL) if (root / name).exists())
+    """Load ``name`` (``.npz`` or ``.json``) from the full set, else from the small one, where texts are compressed."""
+    path = next(path for path in (FULL / name, SMALL / name, SMALL / f'{name}.gz') if path.exists())
+    if path.suffix == '.gz':
+        return json.loads(gzip.decompress(path.read_bytes()))
     if path.suffix == '.json':
         return json.loads(path.read_text())
     with np.load(path) as arrays:

@@ -5,7 +5,7 @@ import torch
 from parity import batch, golden, image, rule_state
 from torch import Tensor, nn
 
-from dino_mm.checkpoints.names import NameMap, apply
+from dino_mm.checkpoints.names import NameMap, convert
 
 
 def load_by_rule(backbone: nn.Module, arch: str, scheme: NameMap) -> None:
@@ -15,7 +15,7 @@ def load_by_rule(backbone: nn.Module, arch: str, scheme: NameMap) -> None:
     tensors = {k[len(prefix) :]: v for k, v in rule_state(arch, prefix).items()}
     assert scheme.matches(tensors)
     own = backbone.state_dict()
-    result = apply(scheme, tensors, own)
+    result = convert(scheme, tensors, own)
     missing = own.keys() - result.tensors.keys() - result.filled.keys()
     unexpected = result.tensors.keys() - own.keys()
     assert not missing, sorted(missing)[:8]

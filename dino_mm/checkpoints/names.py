@@ -21,6 +21,7 @@ class NameMap:
         renames: (pattern, replacement), applied in this order, each to what the ones before made of a name.
         dropped: (pattern, reason) of names without a place in our models.
         initialised: (pattern, reason) of **our** names that such a checkpoint need not have: they stay as they are.
+        zeros: (pattern, reason) of **our** names that such a checkpoint lacks because they are zero there.
         adapt: Brings a tensor into our layout; None leaves all as they are.
     """
 
@@ -29,6 +30,7 @@ class NameMap:
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     initialised: tuple[tuple[str, str], ...] = ()
+    zeros: tuple[tuple[str, str], ...] = ()
     adapt: Adapter | None = None
 
     def matches(self, names: Iterable[str]) -> bool:
@@ -68,13 +70,16 @@ class Conversion:
     filled: dict[str, str] = field(default_factory=dict)
 
 
-def apply(scheme: NameMap, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Conversion:
+def convert(
+    scheme: NameMap, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], resize: bool = True
+) -> Conversion:
     """Bring ``tensors`` under our names and into our layout.
 
     Args:
         scheme: The naming scheme of ``tensors``.
         tensors: The checkpoint's name -> tensor.
         own: The model's own tensors, which tell shapes and what may stay as it is.
+        resize: Whether a tensor may come to another number of elements, as position tables of other image sizes do.
 
     Raises:
         ValueError: Two different tensors get the same name.
@@ -91,14 +96,11 @@ def apply(scheme: NameMap, tensors: Mapping[str, Tensor], own: Mapping[str, Tens
             continue
         result.tensors[ours] = tensor
         result.origin[ours] = name
-    _add_batch_counters(result, own)
-    for ours in own.keys() - result.tensors.keys():
-        reason = scheme.why_initialised(ours)
-        if reason is not None:
-            result.filled[ours] = reason
+    _fill(scheme, result, own)
     if scheme.adapt is not None:
         for ours in result.tensors.keys() & own.keys():
-            result.tensors[ours] = scheme.adapt(ours, result.tensors[ours], own[ours])
+            if resize or result.tensors[ours].numel() == own[ours].numel():
+                result.tensors[ours] = scheme.adapt(ours, result.tensors[ours], own[ours])
     return result
 
 
@@ -110,12 +112,17 @@ def _drop_alias(result: Conversion, ours: str, name: str, tensor: Tensor) -> Non
     result.dropped[name] = f'the same tensor as {first}'
 
 
-def _add_batch_counters(result: Conversion, own: Mapping[str, Tensor]) -> None:
-    """Frozen batch norms of other libraries do not count batches; nothing reads the count in ours."""
-    for ours in own:
+def _fill(scheme: NameMap, result: Conversion, own: Mapping[str, Tensor]) -> None:
+    """Add what the checkpoint need not have."""
+    for ours in [name for name in own if name not in result.tensors]:
         parent, _, last = ours.rpartition('.')
-        if last == 'num_batches_tracked' and ours not in result.tensors and f'{parent}.running_var' in result.tensors:
-            result.filled[ours] = 'batches are not counted in a frozen norm'
+        if reason := _first_reason(scheme.zeros, ours):
+            result.tensors[ours] = torch.zeros_like(own[ours])
+            result.filled[ours] = f'zero: {reason}'
+        elif reason := scheme.why_initialised(ours):
+            result.filled[ours] = f'left as it is: {reason}'
+        elif last == 'num_batches_tracked' and f'{parent}.running_var' in result.tensors:
+            result.filled[ours] = 'left as it is: frozen norms elsewhere do not count batches'
 
 
 def _first_reason(rules: tuple[tuple[str, str], ...], name: str) -> str | None:

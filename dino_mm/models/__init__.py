@@ -1,5 +1,10 @@
 """Models and their parts; importing this package registers them all."""
 
+from .backbones.internimage import InternImage
+from .backbones.simple_feature_pyramid import SimpleFeaturePyramid
+from .backbones.swin import SwinTransformer
+from .backbones.timm_backbone import TIMMBackbone
+from .backbones.vitdet import ViTDet
 from .dense_heads.dino_head import DINOHead
 from .detectors.dino import DINO
 from .layers.denoising import CDNGenerator
@@ -16,9 +21,14 @@ __all__ = [
     'DINOEncoder',
     'DINOHead',
     'HungarianMatcher',
+    'InternImage',
     'LearnedQueries',
     'MixedQuerySelector',
     'NormalizedGIoULoss',
     'PureQuerySelector',
     'SetCriterion',
+    'SimpleFeaturePyramid',
+    'SwinTransformer',
+    'TIMMBackbone',
+    'ViTDet',
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
 from ..layers.denoising import CDNGenerator
@@ -99,6 +100,8 @@ class DINO(DetectionTransformer):
                 embed_dims=embed_dims,
                 num_classes=self.bbox_head.num_classes,
             )
+        convert_backbones_on_load(self.backbone)
+        convert_detectors_on_load(self)
 
     def _init_layers(
         self,
