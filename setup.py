@@ -74,6 +74,7 @@ setup(
         'mmdet>=3.3,<4.0',
         'pycocotools',
         'scipy',
+        'timm>=1.0.16',
     ],
     extras_require={'fast-eval': ['faster-coco-eval'], 'demo': ['scikit-learn', 'matplotlib']},
     cmdclass={'build_py': BuildWithMim},

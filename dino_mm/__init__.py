@@ -7,4 +7,8 @@ from .version import __version__
 check_versions()
 allow_mmengine_checkpoints()
 
+from .checkpoints.files import register_formats  # noqa: E402  (imports the libraries checked above)
+
+register_formats()
+
 __all__ = ['__version__', 'cfg']

@@ -16,50 +16,13 @@ import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import Tensor
 
 SMALL = Path(__file__).parent / 'data' / 'parity'
 FULL = Path(__file__).resolve().parents[2] / 'shared' / 'parity'
 
 MEAN = np.float32([123.675, 116.28, 103.53])
 STD = np.float32([58.395, 57.12, 57.375])
-
-#: Our names (regular expressions) -> detrex's, for everything but the backbone.
-NAMES = [
-    (r'^neck\.(convs|extra_convs)\.(\d)\.gn\.', r'neck.\1.\2.norm.'),
-    (r'^level_embed$', 'transformer.level_embeds'),
-    (r'^encoder\.layers\.(\d)\.self_attn\.', r'transformer.encoder.layers.\1.attentions.0.'),
-    (r'^decoder\.layers\.(\d)\.self_attn\.', r'transformer.decoder.layers.\1.attentions.0.'),
-    (r'^decoder\.layers\.(\d)\.cross_attn\.', r'transformer.decoder.layers.\1.attentions.1.'),
-    (r'^(encoder|decoder)\.layers\.(\d)\.ffn\.', r'transformer.\1.layers.\2.ffns.0.'),
-    (r'^(encoder|decoder)\.', r'transformer.\1.'),
-    (r'^query_selector\.query_embedding\.', 'transformer.tgt_embed.'),
-    (r'^query_selector\.memory_trans_fc\.', 'transformer.enc_output.'),
-    (r'^query_selector\.memory_trans_norm\.', 'transformer.enc_output_norm.'),
-    (r'^bbox_head\.cls_branches\.', 'class_embed.'),
-    (r'^denoising\.label_embedding\.', 'label_enc.'),
-]
-
-
-def detrex_name(key: str) -> str:
-    """Detrex's name of one of our tensors (R50 backbone)."""
-    if key.startswith('backbone.'):
-        return _detectron2_resnet_name(key)
-    if match := re.match(r'^bbox_head\.reg_branches\.(\d)\.(\d)\.(\w+)$', key):
-        branch, index, kind = match.groups()
-        return f'bbox_embed.{branch}.layers.{int(index) // 2}.{kind}'
-    for pattern, name in NAMES:
-        key, count = re.subn(pattern, name, key)
-        if count:
-            break
-    return key
-
-
-def _detectron2_resnet_name(key: str) -> str:
-    key = re.sub(r'^backbone\.(conv1|bn1)', r'backbone.stem.\1', key)
-    key = re.sub(r'\.layer(\d)\.', lambda m: f'.res{int(m[1]) + 1}.', key)
-    key = key.replace('.downsample.0.', '.shortcut.').replace('.downsample.1.', '.shortcut.norm.')
-    return re.sub(r'\.bn(\d)\.', r'.conv\1.norm.', key)
 
 
 def rule_weights(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -83,15 +46,6 @@ def rule_weights(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
     else:
         value = z / np.sqrt(np.prod(shape[1:]))
     return 0.3 * value if re.search(r'(^|\.)bbox_embed\.\d+\.layers\.2\.', name) else value
-
-
-def fill_by_rule(model: nn.Module) -> nn.Module:
-    """Give ``model`` (in float64) the rule's weights."""
-    for key, tensor in model.state_dict().items():
-        value = rule_weights(detrex_name(key), tuple(tensor.shape))
-        if value is not None:
-            tensor.copy_(torch.from_numpy(value))
-    return model
 
 
 def rule_state(arch: str, prefix: str = '') -> dict[str, Tensor]:

@@ -6,14 +6,16 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
-from dino_mm.engine.launch import add_common_arguments, build_runner, load_config
+from dino_mm.engine.launch import add_common_arguments, build_runner, checkpoint_errors_in_a_line, load_config
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint', help='path or address of a checkpoint: ours, of detrex, of IDEA-Research/DINO or of MMDetection'
+    )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show the images with their detections')
     parser.add_argument('--show-dir', help='write the images with their detections into this folder')
@@ -49,7 +51,8 @@ def main() -> None:
     runner = build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    with checkpoint_errors_in_a_line():
+        runner.test()
 
 
 if __name__ == '__main__':

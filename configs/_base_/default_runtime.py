@@ -9,6 +9,8 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=100),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
+    # Checkpoints of other libraries: to other classes (`class_transfer=True`), averaged weights, resuming.
+    loading=dict(type='dino_mm.LoadCheckpointHook'),
 )
 custom_hooks = [dict(type='NumClassCheckHook')]
 

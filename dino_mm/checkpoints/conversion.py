@@ -13,6 +13,8 @@ from .errors import CheckpointError
 from .names import Conversion, NameMap
 
 BACKBONE = 'backbone.'
+#: What is left when no known scheme fits.
+OWN_NAMES = NameMap("the model's own names", ())
 #: Names of a scheme's own in an error message.
 SHOWN = 4
 
@@ -87,9 +89,7 @@ def _convert_backbone_within(
 ) -> NameMap | None:
     """Convert what is under ``backbone.`` in place; there, no parameter may be left as it is, or resized."""
     inner = {name.removeprefix(BACKBONE): name for name in list(result.tensors) if name.startswith(BACKBONE)}
-    schemes = recognise_backbone(inner)
-    if not schemes:
-        return None
+    schemes = [*recognise_backbone(inner), OWN_NAMES]
     own_inner = {name.removeprefix(BACKBONE): tensor for name, tensor in own.items() if name.startswith(BACKBONE)}
     origin = {short: result.origin.pop(name) for short, name in inner.items()}
     tensors = {short: result.tensors.pop(name) for short, name in inner.items()}
@@ -106,7 +106,7 @@ def _convert_backbone_within(
             if short in converted.tensors or BACKBONE + short not in parameters
         }
     )
-    return scheme
+    return None if scheme is OWN_NAMES else scheme
 
 
 def convert_backbone(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Converted:
@@ -120,8 +120,7 @@ def convert_backbone(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Conv
     outer: dict[str, str] = {}
     if source is not None:
         tensors, outer = _backbone_of(tensors, source)
-    schemes = [] if own.keys() <= tensors.keys() else recognise_backbone(tensors)
-    scheme, result = _best_fitting(schemes or [NameMap("the model's own names", ())], tensors, own)
+    scheme, result = _best_fitting([*recognise_backbone(tensors), OWN_NAMES], tensors, own)
     result.dropped.update(outer)
     return Converted(result, source, scheme, compare(result, own))
 
@@ -129,7 +128,7 @@ def convert_backbone(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Conv
 def _best_fitting(
     schemes: list[NameMap], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], resize: bool = True
 ) -> tuple[NameMap, Conversion]:
-    """The scheme that leaves the fewest tensors of ``own`` without a counterpart, and what it gives."""
+    """The scheme that leaves the fewest tensors without a counterpart, the first of several, and what it gives."""
     results = [(scheme, names.convert(scheme, tensors, own, resize)) for scheme in schemes]
     return min(results, key=lambda pair: len(own.keys() ^ (pair[1].tensors.keys() | pair[1].filled.keys())))
 

@@ -56,9 +56,8 @@ def open_checkpoint(location: str, trust: bool = False) -> dict[str, Any]:
         content = _read_arrays(path, trust) if path.suffix == '.pkl' else _read_tensors(path, trust)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f'{location}: {_why_refused(str(error)) or broken}') from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError):
-        # What reading arbitrary bytes as a pickle or a zip archive can end in.
-        raise CheckpointError(f'{location}: {broken}') from None
+    except Exception as error:  # reading arbitrary bytes as a pickle or an archive can end in almost any
+        raise CheckpointError(f'{location}: {broken}') from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{location}: holds a {type(content).__name__}, not a state dict.')
     return dict(content)

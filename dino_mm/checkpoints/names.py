@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
+
 #: (our name, the checkpoint's tensor, the model's tensor) -> the tensor in our layout.
 Adapter = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -82,7 +84,7 @@ def convert(
         resize: Whether a tensor may come to another number of elements, as position tables of other image sizes do.
 
     Raises:
-        ValueError: Two different tensors get the same name.
+        CheckpointError: Two different tensors get the same name.
     """
     result = Conversion()
     for name, tensor in tensors.items():
@@ -108,7 +110,9 @@ def _drop_alias(result: Conversion, ours: str, name: str, tensor: Tensor) -> Non
     """A name that stands for a tensor already there, as of heads that two modules share."""
     first = result.origin[ours]
     if not torch.equal(result.tensors[ours], tensor):
-        raise ValueError(f'`{first}` and `{name}` of the checkpoint are both `{ours}` here, but their values differ.')
+        raise CheckpointError(
+            f'`{first}` and `{name}` of the checkpoint are both `{ours}` here, but their values differ.'
+        )
     result.dropped[name] = f'the same tensor as {first}'
 
 

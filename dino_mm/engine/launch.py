@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from dino_mm.checkpoints.errors import CheckpointError
+from dino_mm.checkpoints.files import register_safe_loaders
 from dino_mm.shipped import cfg as shipped_config
 
 
@@ -25,13 +29,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='settings that override the config, key=value; lists as key="[a,b]" or key=a,b',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument(
+        '--trust', action='store_true', help='open checkpoints that are more than data: runs the code they contain'
+    )
     # torchrun sets the environment variable; older launchers pass the argument.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config, apply the common arguments."""
+    """Read the config, apply the common arguments; from here on checkpoints are opened safely, or with --trust."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    register_safe_loaders(args.trust)
     path = args.config if Path(args.config).is_file() else shipped_config(args.config)
     config = Config.fromfile(path)
     config.launcher = args.launcher
@@ -50,6 +58,15 @@ def build_runner(config: Config) -> Runner:
     if config.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(config)
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+@contextmanager
+def checkpoint_errors_in_a_line() -> Iterator[None]:
+    """End the program with the message alone where a checkpoint does not open or does not fit."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise SystemExit(f'error: {error}') from None
 
 
 def _use_gloo(config: Config) -> None:

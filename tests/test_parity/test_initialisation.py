@@ -3,6 +3,7 @@
 import parity
 import pytest
 import torch
+from foreign import detrex_name
 from mmengine.config import Config
 
 import dino_mm
@@ -14,7 +15,7 @@ def test_statistics_of_initial_weights() -> None:
     cfg.backbone.init_cfg = None
     model = MODELS.build(cfg)
     model.init_weights()
-    ours = {parity.detrex_name(k): v for k, v in model.state_dict().items()}
+    ours = {detrex_name(k): v for k, v in model.state_dict().items()}
     stats = parity.golden('init_stats_dino_r50_4scale.json')['stats']
     for name, expected in stats.items():
         name = name.removeprefix('transformer.decoder.') if '_embed.' in name and 'tgt' not in name else name

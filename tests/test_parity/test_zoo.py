@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: a checkpoint in detrex's names loads as it is and gives detrex's numbers, in float64."""
+"""Every architecture of the zoo: detrex's checkpoint loads as it is and gives detrex's numbers, in float64."""
 
 from functools import lru_cache
 
@@ -16,7 +16,17 @@ from dino_mm.registry import MODELS
 #: Architecture -> the first config that has it.
 CONFIGS = {entry.arch: entry.config for entry in reversed(zoo.ENTRIES)}
 #: Of the default run; each of the others takes up to a minute.
-QUICK = ('dino_r50_4scale', 'dino_r50_5scale', 'dino_swin_tiny_224_4scale')
+QUICK = (
+    'dino_r50_4scale',
+    'dino_r50_5scale',
+    'dino_swin_tiny_224_4scale',
+    'dino_focal_tiny_lrf_fl3_4scale',
+    'dino_convnext_tiny_384_4scale',
+    'dino_internimage_tiny_4scale',
+    'dino_vitdet_base_4scale',
+)
+#: With a golden of an image whose sides divide by nothing.
+ODD = ('dino_r50_4scale', 'dino_r50_5scale', 'dino_swin_tiny_224_4scale')
 
 
 @lru_cache(maxsize=1)
@@ -32,7 +42,7 @@ def marked(arch: str, *values: object) -> object:
 
 
 CASES = [(arch, f'eval/{arch}.npz', (256, 320)) for arch in CONFIGS]
-CASES += [(arch, f'eval/{arch}__250x333.npz', (250, 333)) for arch in QUICK]
+CASES += [(arch, f'eval/{arch}__250x333.npz', (250, 333)) for arch in ODD]
 CASES += [('dino_r50_4scale', 'edge/eval_std.npz', (40, 1024))]
 
 
@@ -52,8 +62,10 @@ def test_inference(arch: str, name: str, size: tuple[int, int]) -> None:
         logits, boxes = model.bbox_head(*states)
         results = model.bbox_head.predict(*states, samples)[0]
 
+    keys = backbone_keys(expected)
+    assert len(keys) == len(maps) or name.startswith('edge')
     actual = {
-        **{key: feat for key, feat in zip(backbone_keys(expected), maps, strict=True)},
+        **dict(zip(keys, maps, strict=False)),
         **{f'neck_{i}': feat for i, feat in enumerate(feats)},
         **{f'hs_{i}': state for i, state in enumerate(states.hidden_states)},
         **{f'ref_{i}': reference for i, reference in enumerate(states.references[1:])},

@@ -1,0 +1,116 @@
+"""Losses, gradients, matching and post-processing equal detrex's, in float64."""
+
+import re
+
+import numpy as np
+import parity
+import pytest
+import torch
+import zoo
+from parity import golden
+from torch import Tensor
+
+from dino_mm.models import DINO
+from dino_mm.registry import MODELS
+
+R50 = 'configs/dino-resnet/dino_r50_4scale_12ep.py'
+SWIN = 'configs/dino-swin/dino_swin_tiny_224_4scale_12ep.py'
+ARCHS = {R50: 'dino_r50_4scale', SWIN: 'dino_swin_tiny_224_4scale'}
+
+
+@pytest.fixture(scope='module')
+def model(request: pytest.FixtureRequest) -> DINO:
+    """The config's model with the rule's weights, nothing left to chance."""
+    cfg = zoo.load(request.param).copy().model
+    if request.param == SWIN:
+        cfg.backbone.drop_path_rate = 0.0
+    model = MODELS.build(cfg).double()
+    model.load_state_dict(parity.rule_state(ARCHS[request.param]))
+    return model
+
+
+CASES = [
+    (R50, 'train/dino_r50_4scale.json', 'both'),
+    (R50, 'train/dino_r50_4scale.json', 'img2_empty'),
+    (R50, 'train/dino_r50_4scale.json', 'all_empty'),
+    (R50, 'edge/train_std.json', None),
+    (SWIN, 'train/dino_swin_tiny_224_4scale.json', 'both'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('model', 'name', 'case'), CASES, indirect=['model'])
+def test_training_step(
+    model: DINO, name: str, case: str | None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    expected = golden(name)[case] if case else golden(name)
+    sizes = expected['image_sizes_hw']
+    seeds = (3001, 3002) if case else (3001, 3003)
+    inputs, samples = parity.batch([parity.image(s, *size) for s, size in zip(seeds, sizes, strict=True)])
+    parity.add_gts(samples, expected['gt_boxes_xyxy_px'], expected['gt_classes'])
+    monkeypatch.setattr(model.denoising, 'label_noise_ratio', 0.0)
+    monkeypatch.setattr(model.denoising, 'box_noise_scale', 0.0)
+    matches = record_matches(model, monkeypatch)
+    model.train()
+    model.zero_grad()
+    losses = model.loss(inputs, samples)
+    sum(losses.values()).backward()
+
+    assert {loss_name(k): pytest.approx(v, rel=1e-5, abs=1e-12) for k, v in expected['losses'].items()} == {
+        k: v.item() for k, v in losses.items()
+    }
+    config = request.node.callspec.params['model']
+    names = zoo.detrex_names(config, ARCHS[config])
+    norms = {names[k]: p.grad.norm().item() for k, p in model.named_parameters() if p.requires_grad}
+    reference = {
+        k.replace('transformer.decoder.class_embed', 'class_embed'): v for k, v in expected['grad_norm'].items()
+    }
+    reference = {k.replace('transformer.decoder.bbox_embed', 'bbox_embed'): v for k, v in reference.items()}
+    assert norms == {k: pytest.approx(v, rel=1e-4, abs=1e-9) for k, v in reference.items()}
+    check_matching(matches[0], expected['matching'], expected['gt_classes'])
+
+
+def loss_name(name: str) -> str:
+    """Our name of one of detrex's losses."""
+    kind, dn, layer = re.match(r'loss_(class|bbox|giou)(_dn)?(?:_(\d|enc))?$', name).groups()
+    prefix = {None: '', 'enc': 'enc_'}.get(layer, f'd{layer}.')
+    return f'{prefix}{"dn_" if dn else ""}loss_{dict(**{"class": "cls"}, giou="iou").get(kind, kind)}'
+
+
+def record_matches(model: DINO, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    matches: list[Tensor] = []
+    matcher = model.bbox_head.criterion.matcher
+
+    def recording(*args):
+        matches.append(matcher(*args))
+        return matches[-1]
+
+    monkeypatch.setattr(model.bbox_head.criterion, 'matcher', recording)
+    return matches
+
+
+def check_matching(match: Tensor, expected: list, gt_classes: list) -> None:
+    """``expected`` lists the last layer first, then the others, then the encoder."""
+    order = [5, 0, 1, 2, 3, 4, 6]
+    for layer, images in zip(order, expected, strict=True):
+        for image, (queries, gts) in enumerate(images):
+            pairs = dict(zip(gts, queries, strict=True))
+            ours = match[layer, image, : len(gt_classes[image])].tolist()
+            assert ours == [pairs[i] for i in range(len(ours))], (layer, image)
+
+
+@pytest.mark.parametrize('model', [R50], indirect=True)
+def test_post_processing(model: DINO) -> None:
+    expected = golden('edge/post.npz')
+    (height, width), (out_height, out_width) = expected['image_size'], expected['output_size']
+    img_meta = dict(
+        img_shape=(height, width),
+        ori_shape=(out_height, out_width),
+        scale_factor=(width / out_width, height / out_height),
+    )
+    logits, boxes = torch.from_numpy(expected['in_logits']), torch.from_numpy(expected['in_boxes'])
+    results = model.bbox_head.predict_by_feat(logits[None], boxes[None], [img_meta], rescale=True)[0]
+    assert len(results) == 296
+    np.testing.assert_allclose(results.bboxes, expected['det_boxes'], atol=1e-4)
+    np.testing.assert_allclose(results.scores, expected['det_scores'], rtol=1e-6)
+    np.testing.assert_array_equal(results.labels, expected['det_labels'])
