@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import names
-from .backbones import BACKBONES
+from .backbones import BACKBONES, timm
 from .classes import class_tensors, rows_of_categories
 from .detectors import OURS, SOURCES, Source
 from .errors import CheckpointError
 from .names import Conversion, NameMap
 
 BACKBONE = 'backbone.'
-#: What is left when no known scheme fits.
 OWN_NAMES = NameMap("the model's own names", ())
+#: Match any names: tried besides those that a checkpoint is recognised by.
+UNMARKED = (OWN_NAMES, timm.ANY)
 #: Names of a scheme's own in an error message.
 SHOWN = 4
 
@@ -120,7 +121,7 @@ def convert_backbone(tensors: Mapping[str, Tensor], backbone: nn.Module) -> Conv
     outer: dict[str, str] = {}
     if source is not None:
         tensors, outer = _backbone_of(tensors, source)
-    scheme, result = _best_fitting([*recognise_backbone(tensors), OWN_NAMES], tensors, own)
+    scheme, result = _best_fitting([*recognise_backbone(tensors), *UNMARKED], tensors, own)
     result.dropped.update(outer)
     return Converted(result, source, scheme, compare(result, own))
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from mmengine.optim import build_optim_wrapper
 from timm.layers import DropPath
@@ -182,7 +183,7 @@ def test_output_norm_is_over_channels_of_each_output() -> None:
     assert not [name for name in plain.state_dict() if not name.startswith('body.model.')]
     normed = TIMMBackbone(**args, output_norm=dict(type='LN', eps=1e-2)).eval()
     assert list(normed.output_norms) == ['1', '3']
-    normed.load_state_dict(plain.state_dict(), strict=False)
+    normed.body.load_state_dict(plain.body.state_dict())
     img = torch.randn(2, 3, 64, 96)
     for x, y, norm in zip(plain(img), normed(img), normed.output_norms.values(), strict=True):
         nn.init.uniform_(norm.weight)
@@ -219,6 +220,18 @@ def test_init_cfg_loads_a_checkpoint(tmp_path) -> None:
     target = build('test_convnext', dict(out_indices=(1, 2)), init_cfg=init_cfg)
     target.init_weights()
     assert_equal(target.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize(('name', 'last'), [('test_resnet', 4), ('test_efficientnet', 4), ('test_convnext', 3)])
+def test_init_cfg_loads_a_classifier_of_timm(tmp_path, name: str, last: int) -> None:
+    """Whatever the model: its own names, without the head, and every tensor of the backbone."""
+    whole = timm.create_model(name)
+    torch.save(whole.state_dict(), tmp_path / 'classifier.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'classifier.pth'))
+    target = TIMMBackbone(name, (1, last), init_cfg=init_cfg)
+    target.init_weights()
+    expected = {f'body.model.{key}': tensor for key, tensor in whole.state_dict().items()}
+    assert_equal(target.state_dict(), {key: expected[key] for key in target.state_dict()})
 
 
 def test_pretrained_weights_from_a_file_of_timm(tmp_path) -> None:

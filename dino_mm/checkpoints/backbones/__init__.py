@@ -1,6 +1,6 @@
 """Naming schemes of bare backbones, as their authors publish them and as detrex's detectors hold them."""
 
-from . import convnext, focalnet, internimage, resnet, swin, vitdet
+from . import convnext, focalnet, internimage, resnet, swin, timm, vitdet
 
 #: Of several that match a checkpoint's names, the first that fits the model is taken.
 BACKBONES = (
@@ -19,3 +19,5 @@ BACKBONES = (
     vitdet.MAE,
     vitdet.MAE_PYRAMID,
 )
+
+__all__ = ['BACKBONES', 'timm']

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_mm.registry import MODELS
 
+from ...checkpoints.loading import convert_backbones_on_load
+
 
 @MODELS.register_module()
 class TIMMBackbone(BaseModule):
@@ -88,6 +90,7 @@ class TIMMBackbone(BaseModule):
             for index, channels in zip(self.body.out_indices, self.out_channels, strict=True):
                 self.output_norms[str(index)] = build_norm_layer(output_norm, channels)[1]
         self._frozen = freeze_stages(self.body.model, frozen_stages)
+        convert_backbones_on_load(self)
 
     def forward(self, img: Tensor) -> tuple[Tensor, ...]:
         """Feature maps, (bs, channels, height, width) each, of ``img``, (bs, 3, height, width)."""
