@@ -123,6 +123,25 @@ def test_matching_and_losses_equal_naive_loops(counts, num_queries, seed):
         assert {k: v[layer].item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_denoising_queries_may_have_a_classification_loss_of_their_own():
+    samples, scores, boxes = make_batch([2, 1], 12)
+    targets = collate_targets(samples, NUM_CLASSES)
+    both = make_criterion()
+    own = SetCriterion(
+        NUM_CLASSES,
+        both.loss_cls,
+        both.loss_bbox,
+        both.loss_iou,
+        both.matcher,
+        loss_dn_cls=FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=3.0),
+    )
+    num_boxes = both.num_boxes(targets, scores)
+    matched, expected = (c.matched(scores, boxes, targets, num_boxes) for c in (own, both))
+    torch.testing.assert_close(matched, expected)
+    denoised, expected = (c.denoised(scores, boxes, targets, num_boxes, num_groups=3) for c in (own, both))
+    torch.testing.assert_close(denoised, {**expected, 'loss_cls': expected['loss_cls'] * 2})
+
+
 @pytest.mark.parametrize('counts', [[2, 3], [0, 2], [1, 1]])
 def test_denoising_losses_equal_naive_loops(counts):
     groups, slots = 3, max(counts)

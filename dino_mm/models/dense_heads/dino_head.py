@@ -31,6 +31,7 @@ class DINOHead(BaseModule):
         embed_dims: Width ``dim``; handed down by the detector.
         num_pred_layers: Number of branches, decoder layers and encoder; handed down by the detector.
         loss_cls, loss_bbox, loss_iou: Configs of the losses, see :class:`SetCriterion`.
+        loss_dn_cls: Config of the denoising queries' classification loss; None is ``loss_cls``.
         train_cfg: ``assigner``, config of the matcher; handed down by the detector.
         test_cfg: ``max_per_img``, detections kept of each image; handed down by the detector.
     """
@@ -43,6 +44,7 @@ class DINOHead(BaseModule):
         loss_cls: dict,
         loss_bbox: dict,
         loss_iou: dict,
+        loss_dn_cls: OptConfigType = None,
         train_cfg: OptConfigType = None,
         test_cfg: OptConfigType = None,
     ) -> None:
@@ -65,6 +67,7 @@ class DINOHead(BaseModule):
             MMDET_MODELS.build(loss_bbox),
             MMDET_MODELS.build(loss_iou),
             MMDET_TASK_UTILS.build((train_cfg or {}).get('assigner', dict(type='dino_mm.HungarianMatcher'))),
+            loss_dn_cls=MMDET_MODELS.build(loss_dn_cls or loss_cls),
         )
 
     def init_weights(self) -> None:

@@ -25,6 +25,7 @@ class SetCriterion(nn.Module):
         loss_bbox: Loss of boxes, such as mmdet's ``L1Loss``.
         loss_iou: Overlap loss, such as :class:`NormalizedGIoULoss`.
         matcher: Assigns queries to objects.
+        loss_dn_cls: Classification loss of the denoising queries; None is ``loss_cls``.
 
     Source: DINO, section 3.3; DETR, section 3.1.
     """
@@ -36,10 +37,12 @@ class SetCriterion(nn.Module):
         loss_bbox: nn.Module,
         loss_iou: nn.Module,
         matcher: HungarianMatcher,
+        loss_dn_cls: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.loss_cls = loss_cls
+        self.loss_dn_cls = loss_dn_cls or loss_cls
         self.loss_bbox = loss_bbox
         self.loss_iou = loss_iou
         self.matcher = matcher
@@ -64,7 +67,8 @@ class SetCriterion(nn.Module):
         labels = match.new_full((*scores.shape[:2], num_queries + 1), self.num_classes)
         labels = labels.scatter(2, match, targets.labels.expand_as(match))[..., :-1]
         index = match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4)
-        return self._losses(scores, labels, boxes.gather(2, index), targets.boxes, paired, num_boxes)
+        boxes = boxes.gather(2, index)
+        return self._losses(self.loss_cls, scores, labels, boxes, targets.boxes, paired, num_boxes)
 
     def denoised(
         self, scores: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor, num_groups: int
@@ -87,10 +91,12 @@ class SetCriterion(nn.Module):
         restored = torch.where(targets.mask, targets.labels, self.num_classes)
         labels = torch.stack([restored, torch.full_like(restored, self.num_classes)], 1)
         labels = labels[None, :, None].expand(num_layers, -1, num_groups, -1, -1)
-        return self._losses(scores, labels, positives, targets.boxes[:, None], paired, num_boxes * num_groups)
+        boxes, num_boxes = targets.boxes[:, None], num_boxes * num_groups
+        return self._losses(self.loss_dn_cls, scores, labels, positives, boxes, paired, num_boxes)
 
     def _losses(
         self,
+        loss_cls: nn.Module,
         scores: Tensor,
         labels: Tensor,
         boxes: Tensor,
@@ -100,7 +106,7 @@ class SetCriterion(nn.Module):
     ) -> LayerLosses:
         """Sum each loss over everything but layers; ``boxes`` (num_layers, ..., 4) count where ``paired``."""
         target_boxes = target_boxes.to(boxes).expand_as(boxes)
-        loss_cls = self.loss_cls(scores.reshape(-1, self.num_classes), labels.reshape(-1), reduction_override='none')
+        classified = loss_cls(scores.reshape(-1, self.num_classes), labels.reshape(-1), reduction_override='none')
         loss_bbox = self.loss_bbox(boxes, target_boxes, reduction_override='none')
         loss_iou = self.loss_iou(
             bbox_cxcywh_to_xyxy(boxes).flatten(0, -2),
@@ -109,7 +115,7 @@ class SetCriterion(nn.Module):
         )
         num_layers = len(scores)
         return {
-            'loss_cls': loss_cls.view(num_layers, -1).sum(1) / num_boxes,
+            'loss_cls': classified.view(num_layers, -1).sum(1) / num_boxes,
             'loss_bbox': (loss_bbox * paired[..., None]).flatten(1).sum(1) / num_boxes,
             'loss_iou': (loss_iou.view(paired.shape) * paired).flatten(1).sum(1) / num_boxes,
         }

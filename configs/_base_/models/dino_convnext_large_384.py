@@ -1,0 +1,9 @@
+_base_ = 'dino_convnext_tiny_384.py'
+
+model = dict(
+    backbone=dict(
+        model_name='convnext_large',
+        init_cfg=dict(checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_large_22k_1k_384.pth'),
+    ),
+    neck=dict(in_channels=[384, 768, 1536]),
+)

@@ -1,0 +1,5 @@
+_base_ = 'schedule_12ep.py'
+
+max_iters = 180000
+train_cfg = dict(max_iters=max_iters)
+param_scheduler = [dict(type='MultiStepLR', begin=0, end=max_iters, by_epoch=False, milestones=[150000], gamma=0.1)]

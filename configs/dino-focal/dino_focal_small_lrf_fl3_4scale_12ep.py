@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/dino_focalnet_small_lrf.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_12ep.py',
+    '../_base_/default_runtime.py',
+]

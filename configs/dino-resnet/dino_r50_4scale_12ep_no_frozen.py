@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/dino_r50.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_12ep.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(backbone=dict(frozen_stages=-1))
