@@ -77,6 +77,9 @@ class TIMMBackbone(BaseModule):
         )
         if hasattr(self.body.model, 'head'):
             self.body.model.head = nn.Identity()  # timm before 1.0.31 leaves a norm in ConvNeXt's, without gradients
+        # MMDetection's NumClassCheckHook would compare the removed head's classes with the data set's.
+        if hasattr(self.body.model, 'num_classes'):
+            del self.body.model.num_classes
         if with_cp:
             self.body.model.set_grad_checkpointing()
         for module in self.body.modules():
