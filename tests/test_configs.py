@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,18 @@ def test_tables_state_what_the_metafiles_state(metafile: Path) -> None:
     parameters = [f'{zoo_table.count_parameters(build(entry["Config"])) / 1e6:.1f}' for entry in entries]
     assert [row['parameters (M)'] for row in table] == parameters
     assert all((metafile.parent / Path(entry['Config']).name).is_file() for entry in entries)
+
+
+def test_overview_has_the_33_rows_of_detrex() -> None:
+    text = zoo_table.OVERVIEW.read_text()
+    published = [m for folder in zoo_table.FOLDERS for m in zoo_table.entries_of(folder) if 'Results' in m]
+    assert zoo_table.parse_table(text) == [zoo_table.overview_row(entry) for entry in published]
+    assert {entry['Config'] for entry in published} == set(ROWS)
+    assert {f'{folder.name}/metafile.yml' for folder in zoo_table.FOLDERS} == {
+        f'{path.parent.name}/{path.name}' for path in METAFILES
+    }
+    for target in re.findall(r'\]\((\.\./[^)]+)\)', text):
+        assert (zoo_table.OVERVIEW.parent / target).exists(), target
 
 
 def test_flops_of_a_table_are_those_measured() -> None:

@@ -1,7 +1,7 @@
-"""Write the model tables in ``configs/*/README.md``: ``python tools/zoo_table.py [FOLDER ...]``.
+"""Write the model tables of ``configs/*/README.md`` and ``docs/model_zoo.md``: ``python tools/zoo_table.py [FOLDER]``.
 
 What a row states comes from the folder's ``metafile.yml``; parameters and FLOPs are measured, on the meta device, so no
-weights and little memory are needed. The table replaces what is between the two markers in the README.
+weights and little memory are needed. A table replaces what is between the two markers.
 """
 
 import argparse
@@ -18,6 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino_mm.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
+OVERVIEW = ROOT / 'docs' / 'model_zoo.md'
+#: Families in the order of the overview.
+FOLDERS = [
+    ROOT / 'configs' / f'dino-{family}'
+    for family in ('resnet', 'swin', 'focal', 'vitdet', 'convnext', 'internimage', 'eva-01')
+]
 START, END = '<!-- zoo table -->', '<!-- end of zoo table -->'
 HEIGHT, WIDTH = 800, 1280
 COLUMNS = (
@@ -81,28 +87,52 @@ def measured(entry: dict) -> dict[str, str]:
     }
 
 
+def overview_row(entry: dict) -> dict[str, str]:
+    """As :func:`row`, of the table of all models: seen from ``docs/``, without what is measured."""
+    stated = row(entry)
+    link = {'config': f'[{Path(entry["Config"]).parent.name}/{entry["Name"]}](../{entry["Config"]})'}
+    return {column: (stated | link)[column] for column in COLUMNS if column in stated}
+
+
 def format_table(rows: list[dict[str, str]]) -> str:
     """Rows by column as Markdown."""
-    lines = ['| ' + ' | '.join(COLUMNS) + ' |', '|' + '---|' * len(COLUMNS)]
-    lines += ['| ' + ' | '.join(cells[column] for column in COLUMNS) + ' |' for cells in rows]
+    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|' + '---|' * len(rows[0])]
+    lines += ['| ' + ' | '.join(cells.values()) + ' |' for cells in rows]
     return '\n'.join(lines)
 
 
-def parse_table(readme: str) -> list[dict[str, str]]:
-    """The rows by column of a README's table."""
-    _, _, *lines = readme.split(START)[1].split(END)[0].strip().splitlines()
-    return [dict(zip(COLUMNS, line.strip('| ').split(' | '), strict=True)) for line in lines]
+def parse_table(text: str) -> list[dict[str, str]]:
+    """The rows by column of a document's table."""
+    header, _, *lines = [
+        line.strip('| ').split(' | ') for line in text.split(START)[1].split(END)[0].strip().splitlines()
+    ]
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def entries_of(folder: Path) -> list[dict]:
+    """The models of a folder's metafile."""
+    return yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
 
 
 def write_table(folder: Path) -> None:
     """Measure a folder's models, and replace the table in its README."""
-    entries = yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
-    table = format_table([row(entry) | measured(entry) for entry in entries])
-    readme = folder / 'README.md'
-    text, count = re.subn(f'{START}.*{END}', lambda _: f'{START}\n{table}\n{END}', readme.read_text(), flags=re.DOTALL)
+    rows = [row(entry) | measured(entry) for entry in entries_of(folder)]
+    replace_table(folder / 'README.md', [{column: cells[column] for column in COLUMNS} for cells in rows])
+
+
+def write_overview(folders: list[Path]) -> None:
+    """Replace the table of all models that detrex reports an AP of."""
+    published = [entry for folder in folders for entry in entries_of(folder) if 'Results' in entry]
+    replace_table(OVERVIEW, [overview_row(entry) for entry in published])
+
+
+def replace_table(document: Path, rows: list[dict[str, str]]) -> None:
+    """Write ``rows`` between the markers of a document."""
+    table = f'{START}\n{format_table(rows)}\n{END}'
+    text, count = re.subn(f'{START}.*{END}', lambda _: table, document.read_text(), flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f'{readme} has no place for the table: add the lines `{START}` and `{END}`.')
-    readme.write_text(text)
+        raise ValueError(f'{document} has no place for the table: add the lines `{START}` and `{END}`.')
+    document.write_text(text)
 
 
 def main() -> None:
@@ -110,9 +140,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', metavar='FOLDER', help='such as configs/dino-swin; by default all')
     folders = [Path(name).resolve() for name in parser.parse_args().folders]
-    for folder in folders or sorted(path.parent for path in ROOT.glob('configs/*/metafile.yml')):
+    for folder in folders or FOLDERS:
         write_table(folder)
         print(f'{folder.name}/README.md')
+    write_overview(FOLDERS)
+    print(OVERVIEW.relative_to(ROOT))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmengine.runner import CheckpointLoader
 from packaging.version import Version
 from tqdm import tqdm
 
+from ..compat import RUNNER_TYPES
 from .errors import CheckpointError
 
 #: Where detectron2 keeps its model zoo.
@@ -32,6 +34,16 @@ ARRAY_CLASSES = {
     ('numpy', 'ndarray'),
     ('numpy', 'dtype'),
     ('_codecs', 'encode'),
+}
+#: What tensors, state dicts and numpy's bytes are made of.
+TENSOR_TYPES = {
+    '_codecs.encode',
+    'collections.OrderedDict',
+    'torch._utils._rebuild_tensor_v2',
+    'torch._utils._rebuild_parameter',
+    'torch.Size',
+    'torch.device',
+    *(f'torch.{kind}' for kind in ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'uint8', 'bool')),
 }
 #: First digits of a file's SHA-256 at the end of its name, as in ``resnet50-0676ba61.pth``.
 HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
@@ -68,10 +80,34 @@ def _read_tensors(path: Path, trust: bool) -> Any:
         from safetensors.torch import load_file  # comes with timm
 
         return load_file(path)
-    if not trust and Version(torch.__version__) >= Version('2.5'):
-        with torch.serialization.safe_globals(PLAIN_CLASSES):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    return torch.load(path, map_location='cpu', weights_only=not trust)
+    if trust:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    if Version(torch.__version__) < Version('2.6'):
+        # `weights_only` cannot be told of further types there; it is the unpickler that must not go beyond them.
+        return torch.load(path, map_location='cpu', pickle_module=RESTRICTED_PICKLE)
+    with torch.serialization.safe_globals(PLAIN_CLASSES):
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Creates tensors, and the plain types that checkpoints hold; as ``weights_only`` does from torch 2.6 on."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')  # its name in the protocol torch writes
+        if full in RUNNER_TYPES:
+            return RUNNER_TYPES[full]
+        plain = {f'{kind.__module__}.{kind.__qualname__}' for kind in PLAIN_CLASSES}
+        if full not in TENSOR_TYPES | plain and not re.fullmatch(r'torch\.\w*Storage', full):
+            raise pickle.UnpicklingError(f'it needs {full}')
+        return super().find_class(module, name)
+
+
+def _restricted_load(file: Any, **kwargs: Any) -> Any:
+    return _RestrictedUnpickler(file, **kwargs).load()
+
+
+#: What ``torch.load`` expects of a ``pickle_module``.
+RESTRICTED_PICKLE = SimpleNamespace(__name__='restricted', Unpickler=_RestrictedUnpickler, load=_restricted_load)
 
 
 def _read_arrays(path: Path, trust: bool) -> Any:

@@ -7,13 +7,16 @@ import os
 import pickle
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+from torch import nn
 
 from dino_mm.checkpoints import files
 from dino_mm.checkpoints.errors import CheckpointError
@@ -49,6 +52,30 @@ def test_namespace_is_allowed_only_while_a_checkpoint_is_read(tmp_path: Path) ->
     open_checkpoint(path)
     with pytest.raises(pickle.UnpicklingError, match='Namespace'):
         torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize('old_format', [False, True])
+def test_restricted_unpickler_of_older_torch(tmp_path: Path, old_format: bool) -> None:
+    """Reads what `weights_only` reads here, and refuses the rest, without creating any of it."""
+
+    def read(content: object) -> dict:
+        torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=not old_format)
+        return torch.load(tmp_path / 'x.pth', weights_only=False, pickle_module=files.RESTRICTED_PICKLE)
+
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    weights = OrderedDict(TENSORS, p=nn.Parameter(torch.ones(2)), h=torch.ones(2).half(), e=torch.zeros(0).bool())
+    content = read(dict(model=weights, args=argparse.Namespace(lr=1), log=dict(loss=history), size=torch.Size([1])))
+    assert content['model'].keys() == weights.keys()
+    assert all(torch.equal(content['model'][name], tensor) for name, tensor in weights.items())
+    assert content['args'].lr == 1
+    assert content['log']['loss'].mean() == 1.5
+    Marker.created = 0
+    marker = Marker()
+    marker.value = 1
+    for refused in (marker, os.system, eval, Path('x')):
+        with pytest.raises(pickle.UnpicklingError, match='it needs '):
+            read(dict(extra=refused))
+    assert Marker.created == 0
 
 
 def test_safetensors(tmp_path: Path) -> None:
