@@ -53,13 +53,16 @@ def as_detrex(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named | aliases
 
 
-def as_official(state: Mapping[str, Tensor], num_maps: int, category_ids: list[int] | None = None) -> dict[str, Tensor]:
+def as_official(
+    state: Mapping[str, Tensor], num_maps: int, category_ids: list[int] | None = None, aliases: bool = True
+) -> dict[str, Tensor]:
     """What the authors' code would save.
 
     Args:
         state: Ours; all decoder layers have equal branches, as they are one module there.
         num_maps: Maps that the backbone gives.
         category_ids: Row of each class among 91, in a model numbered by category; None keeps the rows.
+        aliases: Add the decoder's own names of the heads.
     """
     last = max(int(m[1]) for k in state if (m := re.match(r'bbox_head\.cls_branches\.(\d)', k)))
     named = {}
@@ -71,8 +74,10 @@ def as_official(state: Mapping[str, Tensor], num_maps: int, category_ids: list[i
             rows[category_ids] = value
             value = rows
         named[_official_name(key, num_maps, last)] = value.clone()
-    aliases = {f'transformer.decoder.{k}': v for k, v in named.items() if k.startswith(('class_embed', 'bbox_embed'))}
-    return named | aliases
+    if not aliases:
+        return named
+    heads = {k: v for k, v in named.items() if k.startswith(('class_embed', 'bbox_embed'))}
+    return named | {f'transformer.decoder.{k}': v for k, v in heads.items()}
 
 
 def _official_name(key: str, num_maps: int, last: int) -> str:

@@ -166,6 +166,18 @@ def test_safe_loaders_are_mmengines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(CheckpointLoader.load_checkpoint(marked)['extra'], Marker)
 
 
+def test_mmengine_loads_an_address(server: 'type[Handler]', tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    server.content = Path(save(tmp_path / 'x.pth', dict(model=TENSORS))).read_bytes()
+    files.register_safe_loaders()
+    for _ in range(2):
+        content = CheckpointLoader.load_checkpoint(f'{server.address}/released.pth')
+        assert torch.equal(content['model']['a.weight'], TENSORS['a.weight'])
+    assert len(server.ranges) == 1
+    assert len(visible(tmp_path / 'hub' / 'checkpoints')) == 1
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one file, with ranges, in the ways that a test asks for."""
 

@@ -2,14 +2,18 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from conftest import make_samples
 from foreign import as_detrex, as_official, randomize, share_branches
-from mmengine.config import ConfigDict
+from mmdet.apis import init_detector
+from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
+from parity import golden
 from torch import Tensor, nn
 
 from dino_mm.checkpoints.classes import COCO_CATEGORY_IDS, COCO_CLASSES
@@ -116,6 +120,30 @@ def test_norms_of_the_officials_decoder_follow_what_they_normalise(official_cfg:
         assert attn_mask is None
         expected = theirs(query, query_pos, memory, reference, levels, padding_mask)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize('name', ['dino_swin_tiny_224_4scale_12ep', 'dino_swin_large_384_5scale_36ep'])
+def test_officials_swin(name: str) -> None:
+    """The authors keep Swin right under `backbone.0`, in Microsoft's names, which detrex has too."""
+    (entry,) = [entry for entry in zoo.ENTRIES if entry.name == name]
+    model, names = zoo.build(entry.config), zoo.detrex_names(entry.config, entry.arch)
+    shapes = golden(f'keys/{entry.arch}.json')['tensors']
+    tensors = {ours: torch.empty(shapes[theirs], device='meta') for ours, theirs in names.items()}
+    num_maps = len(model.backbone.out_indices)
+    inner = {f'backbone.0.{names[k].removeprefix("backbone.")}': v for k, v in tensors.items() if 'backbone.' in k}
+    outer = {k: v for k, v in tensors.items() if 'backbone.' not in k}
+    converted = convert_detector(inner | as_official(outer, num_maps, aliases=False), model)
+    assert converted.source.title == 'IDEA-Research/DINO'
+    assert not converted.problems
+    assert converted.conversion.tensors.keys() == tensors.keys()
+
+
+def test_inferencers_take_it(tiny_cfg: ConfigDict, state: dict, tmp_path: Path) -> None:
+    """MMDetection's `init_detector`, by a config and a file that detrex saved."""
+    torch.save(dict(model=as_detrex(state), iteration=1), tmp_path / 'model_final.pth')
+    cfg = Config(dict(model=tiny_cfg, test_dataloader=None, default_scope='mmdet'))
+    model = init_detector(cfg, str(tmp_path / 'model_final.pth'), palette='random', device='cpu')
+    assert_loaded(model, state)
 
 
 def test_averaged_weights(tiny_cfg: ConfigDict, state: dict) -> None:
