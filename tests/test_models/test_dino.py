@@ -242,7 +242,7 @@ class PlainLoss(torch.nn.Module):
 
 def test_a_training_step_copies_to_the_host_once(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny_cfg)
-    model.bbox_head.criterion.loss_cls = PlainLoss()
+    model.bbox_head.criterion.loss_cls = model.bbox_head.criterion.loss_dn_cls = PlainLoss()
     copies = []
     to_host = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, 'cpu', lambda tensor: copies.append(tensor.shape) or to_host(tensor))

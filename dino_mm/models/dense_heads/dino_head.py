@@ -67,7 +67,7 @@ class DINOHead(BaseModule):
             MMDET_MODELS.build(loss_bbox),
             MMDET_MODELS.build(loss_iou),
             MMDET_TASK_UTILS.build((train_cfg or {}).get('assigner', dict(type='dino_mm.HungarianMatcher'))),
-            loss_dn_cls=MMDET_MODELS.build(loss_dn_cls or loss_cls),
+            loss_dn_cls=loss_dn_cls and MMDET_MODELS.build(loss_dn_cls),
         )
 
     def init_weights(self) -> None:
