@@ -13,10 +13,10 @@ PYTHON ?= $(shell \
 	echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-slow lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make or complete the environment in $VENV (default .venv)
 	@$(PYTHON) tools/setup_env.py
@@ -24,8 +24,11 @@ setup: ## make or complete the environment in $VENV (default .venv)
 demo: setup ## train a small DINO on handwritten digits, evaluate it, draw its detections
 	$(VENV)/bin/python tools/demo.py
 
-test: setup ## run the tests
-	$(VENV)/bin/python -m pytest
+test: setup ## run the tests but for the slow ones
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: setup ## run the tests of large models
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: setup ## check style and types
 	$(VENV)/bin/python -m ruff check .
