@@ -1,9 +1,11 @@
 """A tiny DINO loads other libraries' checkpoints of itself, and refuses in words what does not fit."""
 
 import copy
+import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -278,7 +280,7 @@ def pretrained(cfg: ConfigDict, path: object) -> DINO:
     return model
 
 
-@pytest.mark.parametrize('kind', ['torchvision', 'detectron2', 'detrex detector', 'own detector'])
+@pytest.mark.parametrize('kind', ['torchvision', 'detectron2', 'R-50.pkl', 'detrex detector', 'own detector'])
 def test_pretrained_backbone(tiny_cfg: ConfigDict, state: dict, tmp_path, kind: str) -> None:
     prefix = 'backbone.'
     checkpoint = state
@@ -287,10 +289,15 @@ def test_pretrained_backbone(tiny_cfg: ConfigDict, state: dict, tmp_path, kind: 
     if kind == 'torchvision':
         checkpoint = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         checkpoint['fc.weight'] = torch.zeros(10, 32)
-    if kind == 'detectron2':
+    if kind in ('detectron2', 'R-50.pkl'):
         checkpoint = {name.removeprefix(prefix): t for name, t in checkpoint.items() if name.startswith(prefix)}
-    torch.save(dict(model=checkpoint), tmp_path / 'x.pth')
-    model = pretrained(tiny_cfg, tmp_path / 'x.pth')
+    path = tmp_path / (kind if kind.endswith('.pkl') else 'x.pth')
+    if kind == 'R-50.pkl':
+        arrays = {name: tensor.numpy() for name, tensor in checkpoint.items()} | {'stem.fc.bias': np.zeros(3)}
+        path.write_bytes(pickle.dumps(dict(model=arrays, __author__='torchvision', matching_heuristics=True)))
+    else:
+        torch.save(dict(model=checkpoint), path)
+    model = pretrained(tiny_cfg, path)
     assert_loaded(model.backbone, {name.removeprefix(prefix): tensor for name, tensor in state.items()})
 
 
