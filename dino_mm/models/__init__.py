@@ -10,6 +10,7 @@ from .detectors.dino import DINO
 from .layers.denoising import CDNGenerator
 from .layers.query_selector import LearnedQueries, MixedQuerySelector, PureQuerySelector
 from .layers.transformer import DINODecoder, DINOEncoder
+from .losses.focal_loss import FocalLoss
 from .losses.giou_loss import NormalizedGIoULoss
 from .losses.set_criterion import SetCriterion
 from .task_modules.hungarian_matcher import HungarianMatcher
@@ -20,6 +21,7 @@ __all__ = [
     'DINODecoder',
     'DINOEncoder',
     'DINOHead',
+    'FocalLoss',
     'HungarianMatcher',
     'InternImage',
     'LearnedQueries',

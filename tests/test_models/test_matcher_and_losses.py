@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmdet.models.losses import FocalLoss, L1Loss
+from mmdet.models.losses import FocalLoss as MMDetFocalLoss
+from mmdet.models.losses import L1Loss
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 
 from dino_mm.models.box_ops import generalized_iou
+from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import SetCriterion
 from dino_mm.models.structures import collate_targets
@@ -84,7 +86,7 @@ def naive_pairs(samples, scores, boxes, layer, image):
 def make_criterion():
     return SetCriterion(
         NUM_CLASSES,
-        FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.5),
+        FocalLoss(gamma=2.0, alpha=0.25, loss_weight=1.5),
         L1Loss(loss_weight=5.0),
         NormalizedGIoULoss(loss_weight=2.0),
         HungarianMatcher(),
@@ -133,7 +135,7 @@ def test_denoising_queries_may_have_a_classification_loss_of_their_own():
         both.loss_bbox,
         both.loss_iou,
         both.matcher,
-        loss_dn_cls=FocalLoss(use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=3.0),
+        loss_dn_cls=FocalLoss(gamma=2.0, alpha=0.25, loss_weight=3.0),
     )
     num_boxes = both.num_boxes(targets, scores)
     matched, expected = (c.matched(scores, boxes, targets, num_boxes) for c in (own, both))
@@ -212,3 +214,36 @@ def test_predictions_that_are_not_finite_are_named():
     boxes[1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match='layer 1 for image 0'):
         HungarianMatcher()(scores, boxes, collate_targets(samples, NUM_CLASSES))
+
+
+@pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_focal_loss_equals_mmdets(gamma, alpha, dtype):
+    """Values and gradients, from -100 to 100, for objects and background; mmdet's keeps the classes apart."""
+    logits = torch.cat([torch.randn(200, 7) * 3, torch.linspace(-100, 100, 140).view(20, 7)]).to(dtype)
+    labels = torch.randint(0, 8, (220,))
+    weights = torch.rand(220, dtype=dtype)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    arguments = dict(gamma=gamma, alpha=alpha, loss_weight=1.5)
+    loss = FocalLoss(**arguments)(ours, labels, reduction_override='none')
+    expected = MMDetFocalLoss(use_sigmoid=True, **arguments)(theirs, labels, reduction_override='none').sum(1)
+    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype is torch.float64 else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, expected, **tolerance)
+    (loss * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, **tolerance)
+    assert loss.dtype == dtype
+
+
+def test_focal_loss_has_the_gradient_of_finite_differences():
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 2, 3, 3, 1])
+    assert torch.autograd.gradcheck(lambda x: FocalLoss()(x, labels, reduction_override='none'), logits)
+
+
+def test_focal_loss_keeps_one_tensor_for_the_backward_pass():
+    kept = []
+    logits = torch.randn(50, 7, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        FocalLoss()(logits, torch.zeros(50, dtype=torch.long), reduction_override='sum')
+    assert kept == [(50, 7)]

@@ -44,7 +44,7 @@ model = dict(
     bbox_head=dict(
         type='dino_mm.DINOHead',
         num_classes=80,
-        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
+        loss_cls=dict(type='dino_mm.FocalLoss', gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=5.0),
         loss_iou=dict(type='dino_mm.NormalizedGIoULoss', loss_weight=2.0),
     ),

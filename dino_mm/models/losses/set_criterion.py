@@ -21,7 +21,7 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: Number of classes; also the label of "no object".
-        loss_cls: Classification loss of logits (n, num_classes) and labels (n,), such as mmdet's ``FocalLoss``.
+        loss_cls: Classification loss of logits (n, num_classes) and labels (n,), such as :class:`FocalLoss`.
         loss_bbox: Loss of boxes, such as mmdet's ``L1Loss``.
         loss_iou: Overlap loss, such as :class:`NormalizedGIoULoss`.
         matcher: Assigns queries to objects.
