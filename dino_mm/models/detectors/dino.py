@@ -31,6 +31,13 @@ class DINO(DetectionTransformer):
     Every part is a config. The detector hands ``embed_dims``, ``num_feature_levels``, ``num_queries`` and the head's
     ``num_classes`` down, so each is stated once.
 
+    To compile, ``model.backbone.compile(fullgraph=True)`` and ``model.forward_transformer =
+    torch.compile(model.forward_transformer, fullgraph=True)``: neither has a graph break, in training either; but on a
+    GPU leave out the second ``fullgraph``, as torch cannot look into mmcv's operator. Batches padded to one size need
+    no new graphs: ``data_preprocessor.pad_size_divisor`` of at least the longest edge, or for training mmdet's
+    ``BatchFixedSizePad`` among ``batch_augments``. More padding means slightly other predictions, as in detrex: the
+    backbone sees its zeros, and the decoder's positions are relative to the padded size.
+
     Args:
         backbone, neck: mmdet modules; the neck gives ``num_feature_levels`` maps of ``embed_dims`` channels.
         positional_encoding: Position embedding of the feature maps, such as mmdet's ``SinePositionalEncoding``; its
@@ -42,6 +49,8 @@ class DINO(DetectionTransformer):
         num_queries: Number of queries.
         num_feature_levels: Number of feature maps.
         embed_dims: Width ``dim``.
+        channels_last: Keep the images' and feature maps' channels last in memory, which many convolutions run faster
+            on; backbone and neck only, and values stay the same.
         train_cfg: ``assigner``, the matcher.
         test_cfg: ``max_per_img``.
 
@@ -66,6 +75,7 @@ class DINO(DetectionTransformer):
         num_queries: int = 900,
         num_feature_levels: int = 4,
         embed_dims: int = 256,
+        channels_last: bool = False,
         train_cfg: OptConfigType = None,
         test_cfg: OptConfigType = None,
         data_preprocessor: OptConfigType = None,
@@ -83,6 +93,10 @@ class DINO(DetectionTransformer):
 
         self.backbone = build_part('backbone', backbone)
         self.neck = build_part('neck', neck)
+        self.channels_last = channels_last
+        if channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+            self.neck.to(memory_format=torch.channels_last)
         self._init_layers(positional_encoding, encoder, decoder, query_selector)
         self.bbox_head = build_part(
             'bbox_head',
@@ -131,6 +145,12 @@ class DINO(DetectionTransformer):
         img_feats = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(img_feats, batch_data_samples, targets)
         return self.bbox_head.loss(**head_inputs, targets=targets)
+
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
+        """The neck's feature maps (bs, dim, height, width) of a batch of images (bs, 3, height, width)."""
+        if self.channels_last:
+            batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
+        return super().extract_feat(batch_inputs)
 
     def forward_transformer(
         self,

@@ -7,7 +7,7 @@ from mmengine.model import constant_init, xavier_init
 from torch import Tensor, nn
 
 from ..structures import FeatureLevels
-from .attention import sample_levels
+from .sampling import sample_levels
 from .tokens import token_centers
 
 NUM_POINTS = 9

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from ..structures import FeatureLevels, Tokens
+from ..structures import FeatureLevels, Tokens, name_image
 
 
 def flatten_levels(
@@ -24,12 +24,11 @@ def flatten_levels(
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
     """
-    masks = padding_masks(feats, samples)
+    masks, sizes = valid_area(feats, samples)
     positions = [
         positional_encoding(mask, input=feat).to(level_embed).flatten(2).transpose(1, 2) + embed
         for feat, mask, embed in zip(feats, masks, level_embed, strict=True)
     ]
-    sizes = torch.stack([valid_size(feat, mask) for feat, mask in zip(feats, masks, strict=True)], 1)
     shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
     shape_tensor = torch.tensor(shapes, device=level_embed.device)
     levels = FeatureLevels(
@@ -50,23 +49,51 @@ def flatten_levels(
     )
 
 
-def padding_masks(feats: Sequence[Tensor], samples: Sequence[DetDataSample]) -> list[Tensor | None]:
-    """For each feature map where it is padding, (bs, height, width) bool; None for all if no image is padded."""
-    batch_shapes = {tuple(sample.batch_input_shape) for sample in samples}
-    if {tuple(sample.img_shape[:2]) for sample in samples} == batch_shapes:
-        return [None] * len(feats)
-    mask = feats[0].new_ones(len(samples), *batch_shapes.pop(), dtype=torch.float32)
-    for image, sample in zip(mask, samples, strict=True):
-        height, width = sample.img_shape[:2]
-        image[:height, :width] = 0
-    return [F.interpolate(mask[None], size=feat.shape[-2:])[0].bool() for feat in feats]
+def valid_area(feats: Sequence[Tensor], samples: Sequence[DetDataSample]) -> tuple[Sequence[Tensor | None], Tensor]:
+    """Where the feature maps are image and where padding.
+
+    Args: as :func:`flatten_levels`.
+
+    Returns:
+        For each map a mask (bs, height, width), True on padding, or None for all if no image is padded; and
+        (bs, num_levels, 2) float32, columns and rows of each map that are image.
+
+    Raises:
+        ValueError: An image is larger than the batch that ``batch_input_shape`` states.
+    """
+    shapes = [feat.shape[-2:] for feat in feats]
+    device = feats[0].device
+    if not _are_padded(samples):
+        sizes = torch.tensor(shapes, dtype=torch.float32, device=device).flip(-1)
+        return [None] * len(feats), sizes.expand(len(feats[0]), -1, -1)
+    image_shapes = torch.tensor([sample.img_shape[:2] for sample in samples], device=device)
+    # Padding is a band at the bottom and one at the right: a mask of the rows and one of the columns say it all.
+    rows, columns = (
+        (torch.arange(length, device=device) >= valid[:, None]).float()[:, None]
+        for length, valid in zip(samples[0].batch_input_shape, image_shapes.unbind(1), strict=True)
+    )
+    level_rows = [F.interpolate(rows, size=height)[:, 0].bool() for height, _ in shapes]
+    level_columns = [F.interpolate(columns, size=width)[:, 0].bool() for _, width in shapes]
+    valid = [torch.stack([(~x).sum(1), (~y).sum(1)], -1) for x, y in zip(level_columns, level_rows, strict=True)]
+    masks = [y[:, :, None] | x[:, None] for x, y in zip(level_columns, level_rows, strict=True)]
+    return masks, torch.stack(valid, 1).float()
 
 
-def valid_size(feat: Tensor, mask: Tensor | None) -> Tensor:
-    """Columns and rows of a feature map that are image, (bs, 2) float32, from its first row and column."""
-    if mask is None:
-        return torch.tensor(feat.shape[:1:-1], dtype=torch.float32, device=feat.device).expand(len(feat), 2)
-    return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()
+def _are_padded(samples: Sequence[DetDataSample]) -> bool:
+    """Whether any image is smaller than its batch."""
+    image_area = batch_area = 0
+    for sample in samples:
+        (height, width), (batch_height, batch_width) = sample.img_shape[:2], sample.batch_input_shape
+        if height > batch_height or width > batch_width:
+            raise ValueError(
+                f'{name_image(sample)} has {height} x {width} pixels (height x width), more than the batch that '
+                f'`batch_input_shape` states, {batch_height} x {batch_width}. If `BatchFixedSizePad` pads the batches, '
+                'its `size` must be at least that of the largest image in both directions.'
+            )
+        image_area += height * width
+        batch_area += batch_height * batch_width
+    # One comparison for the whole batch: torch.compile makes a new graph for each combination of outcomes.
+    return image_area < batch_area
 
 
 def token_centers(shape: tuple[int, int], size: Tensor) -> Tensor:

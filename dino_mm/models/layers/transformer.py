@@ -1,10 +1,13 @@
 """Encoder and decoder of DINO."""
 
+from typing import Any
+
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.models.layers.transformer.utils import MLP, coordinate_to_encoding
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
@@ -21,6 +24,23 @@ def init_transformer(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, DeformableAttention):
             child.init_weights()
+
+
+def check_num_cp(num_cp: int, num_layers: int) -> int:
+    """Return ``num_cp`` if there are so many layers to checkpoint; ValueError otherwise."""
+    if not 0 <= num_cp <= num_layers:
+        raise ValueError(
+            f'`num_cp` is {num_cp}, but there are {num_layers} layers: set the number of layers, 0 to {num_layers}, '
+            'that compute their activations again instead of keeping them.'
+        )
+    return num_cp
+
+
+def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
+    """Call ``layer``; with ``recompute``, keep only its inputs and compute the rest again for the gradients."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 class DINOEncoderLayer(BaseModule):
@@ -58,6 +78,11 @@ class DINOEncoder(BaseModule):
         num_points: Sampling points of each head on each level.
         feedforward_channels: Hidden width of the feed-forward networks.
         dropout: Dropout rate of attention outputs and feed-forward networks.
+        num_cp: Layers, counted from the first, that are checkpointed: in training they keep only their inputs and
+            compute their activations again for the gradients, less memory for more time.
+
+    Raises:
+        ValueError: ``num_cp`` is not between 0 and ``num_layers``.
 
     Source: DINO, section 3.2; Deformable DETR, section 4.1.
     """
@@ -71,9 +96,11 @@ class DINOEncoder(BaseModule):
         num_points: int = 4,
         feedforward_channels: int = 2048,
         dropout: float = 0.0,
+        num_cp: int = 0,
     ) -> None:
         super().__init__()
         self.num_layers = num_layers
+        self.num_cp = check_num_cp(num_cp, num_layers)
         self.layers = nn.ModuleList(
             DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
@@ -88,8 +115,8 @@ class DINOEncoder(BaseModule):
         """Return the memory, (bs, num_tokens, dim). Positions join the queries, never the values."""
         reference = tokens.centers[:, :, None] * tokens.levels.valid_ratios[:, None]
         memory = tokens.features
-        for layer in self.layers:
-            memory = layer(memory, reference, tokens)
+        for i, layer in enumerate(self.layers):
+            memory = run_layer(layer, i < self.num_cp, memory, reference, tokens)
         return memory
 
 
@@ -134,7 +161,7 @@ class DINODecoder(BaseModule):
     A layer's box is refined from the previous one's, detached; the box that the *next* layer's loss starts from is
     not detached, so that each layer also learns from the loss of the layer after it.
 
-    Args: as :class:`DINOEncoder`.
+    Args, and errors: as :class:`DINOEncoder`.
 
     Source: DINO, sections 3.2 and 3.5; DAB-DETR for the position queries made from boxes.
     """
@@ -148,10 +175,12 @@ class DINODecoder(BaseModule):
         num_points: int = 4,
         feedforward_channels: int = 2048,
         dropout: float = 0.0,
+        num_cp: int = 0,
     ) -> None:
         super().__init__()
         self.embed_dims = embed_dims
         self.num_layers = num_layers
+        self.num_cp = check_num_cp(num_cp, num_layers)
         self.layers = nn.ModuleList(
             DINODecoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
@@ -185,11 +214,12 @@ class DINODecoder(BaseModule):
         """
         levels, states, references = tokens.levels, [], [reference]
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
-        for layer, reg_branch in zip(self.layers, reg_branches, strict=False):
+        for i, (layer, reg_branch) in enumerate(zip(self.layers, reg_branches, strict=False)):
             level_boxes = reference[:, :, None] * ratios
             sine = coordinate_to_encoding(level_boxes[:, :, 0], num_feats=self.embed_dims // 2)
             query_pos = self.ref_point_head(sine)
-            query = layer(query, query_pos, memory, level_boxes, levels, tokens.padding_mask, attn_mask)
+            inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, attn_mask)
+            query = run_layer(layer, i < self.num_cp, *inputs)
             refined = refine_boxes(reg_branch(query), reference)
             states.append(self.norm(query))
             references.append(refined)

@@ -1,0 +1,259 @@
+"""What a piece of work costs: operator calls, points at which the host waits, memory, time; and processes to compare.
+
+Counts do not depend on the machine, so tests can hold them; times do, and are only ever compared side by side.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: Operators whose result, or its shape, the host must know: with a GPU it waits for all work that was queued before.
+WAITING_OPERATORS = frozenset(
+    {
+        '_local_scalar_dense',
+        'item',
+        'is_nonzero',
+        'nonzero',
+        'masked_select',
+        'unique_dim',
+        'unique_consecutive',
+        'unique_dim_consecutive',
+        '_unique',
+        '_unique2',
+        'equal',
+    }
+)
+#: Operators that wait where an index is a boolean mask.
+INDEXING_OPERATORS = frozenset({'index', 'index_put', 'index_put_', '_index_put_impl_'})
+#: Methods that copy a tensor to the host. On a CPU no operator shows it, so the calls themselves are counted.
+HOST_METHODS = ('cpu', 'numpy', 'tolist')
+#: The kind of synchronisation that ``one_hot`` counts as: on a CPU it looks at its labels, on a GPU it does not.
+LABEL_CHECK = 'label check of a CPU'
+_CPU = torch.device('cpu')
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts, while active, operator calls and host synchronisations, those of a backward pass included.
+
+    A synchronisation is a call of ``WAITING_OPERATORS``, indexing with a boolean mask, or a copy to the host. On a GPU
+    copies are seen as operators whose result leaves the device; on a CPU as calls of ``Tensor.cpu``, ``numpy`` and
+    ``tolist``, where ``tensor.cpu().numpy()`` is one copy; ``Tensor.to('cpu')`` is not seen there. What a CPU does and
+    a GPU does not, ``one_hot``'s look at its labels, in mmdet's ``FocalLoss``, is counted as ``LABEL_CHECK``.
+
+    Args:
+        device: Where the work runs.
+
+    Attributes:
+        calls: Calls of each operator.
+        waits: Synchronisations of each kind.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        super().__init__()
+        self.device = device
+        self.calls: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self._on_host: Tensor | None = None
+        self._checks_labels = False
+
+    @property
+    def num_calls(self) -> int:
+        """Operator calls."""
+        return self.calls.total()
+
+    @property
+    def num_waits(self) -> int:
+        """Synchronisations, without those that only a CPU makes."""
+        return self.waits.total() - self.waits[LABEL_CHECK]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Count and run one operator."""
+        name = func.overloadpacket.__name__
+        self.calls[name] += 1
+        result = func(*args, **(kwargs or {}))
+        if name in WAITING_OPERATORS:
+            self.waits[LABEL_CHECK if self._checks_labels else name] += 1
+        elif name in INDEXING_OPERATORS and _has_mask(args[1]):
+            self.waits[f'{name} with a mask'] += 1
+        elif isinstance(result, Tensor) and result.is_cpu and any(_on_device(leaf) for leaf in tree_leaves(args)):
+            self.waits['copy to the host'] += 1
+        return result
+
+    def __enter__(self) -> 'OperatorCounter':
+        """Start to count."""
+        self._patches = ExitStack()
+        for method in HOST_METHODS if self.device.type == 'cpu' else ():
+            counted = self._counting(getattr(Tensor, method))
+            self._patches.enter_context(mock.patch.object(Tensor, method, counted))
+        self._patches.enter_context(mock.patch.object(F, 'one_hot', self._one_hot(F.one_hot)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        super().__exit__(*error)
+        self._patches.close()
+
+    def _counting(self, method: Callable) -> Callable:
+        """``method`` of a tensor, counted unless the tensor is the one that ``cpu`` gave just before."""
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = method(tensor, *args, **kwargs)
+            if tensor is not self._on_host or method.__name__ == 'cpu':
+                self.waits[f'Tensor.{method.__name__}'] += 1
+            self._on_host = result if isinstance(result, Tensor) else None
+            return result
+
+        return counted
+
+    def _one_hot(self, one_hot: Callable) -> Callable:
+        """``one_hot`` whose synchronisations are told apart."""
+
+        def told(*args: Any, **kwargs: Any) -> Tensor:
+            self._checks_labels = True
+            try:
+                return one_hot(*args, **kwargs)
+            finally:
+                self._checks_labels = False
+
+        return told
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _on_device(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and not argument.is_cpu
+
+
+class PeakMemory(AbstractContextManager):
+    """Highest memory use of what runs within it, above what was in use before.
+
+    On a GPU torch's allocations; on a CPU the process's resident set (Linux only), so nothing else may run in it.
+
+    Attributes:
+        bytes: The result; None where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> 'PeakMemory':
+        """Give back what is free, and start."""
+        gc.collect()
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif _STATUS.exists():
+            ctypes.CDLL(None).malloc_trim(0)
+            _CLEAR_REFS.write_text('5')  # the peak becomes what is resident now
+            self._before = _resident('VmRSS')
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        if self.device.type == 'cuda':
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif _STATUS.exists():
+            self.bytes = _resident('VmHWM') - self._before
+
+
+_STATUS = Path('/proc/self/status')
+_CLEAR_REFS = Path('/proc/self/clear_refs')
+
+
+def _resident(field: str) -> int:
+    """``VmRSS``, the resident set now, or ``VmHWM``, its peak; bytes."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f'{field}:'))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def stopwatch(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Write to ``seconds[name]`` how long its block takes, a GPU's queued work included."""
+    _finish(device)
+    start = time.perf_counter()
+    yield
+    _finish(device)
+    seconds[name] = time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+class Worker:
+    """An object in a process of its own, with memory and threads of its own; it sleeps between calls.
+
+    Args:
+        build: Makes the object, in the process.
+        args: Arguments of ``build``.
+    """
+
+    def __init__(self, build: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context('spawn')
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(far_end, build, args), daemon=True)
+        self._process.start()
+        far_end.close()
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        """Call a method of the object and wait for its result.
+
+        Raises:
+            RuntimeError: The object could not be made, the method failed, or the process ended; tells the cause.
+        """
+        try:
+            self._connection.send((method, args))
+            result, error = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise RuntimeError(
+                f'The process that measures ended with status {self._process.exitcode}: out of memory? '
+                'Measure a smaller `--size` or `--batch`.'
+            ) from None
+        if error is not None:
+            raise RuntimeError(error)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Any, build: Callable[..., Any], args: tuple) -> None:
+    """Answer calls until the other end closes; the first failure is the answer to all that follows."""
+    served, broken = None, None
+    try:
+        served = build(*args)
+    except Exception:
+        broken = traceback.format_exc()
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        result = None
+        if broken is None:
+            try:
+                result = getattr(served, method)(*arguments)
+            except Exception:
+                broken = traceback.format_exc()
+        connection.send((result, broken))

@@ -1,0 +1,346 @@
+"""Measure ours against MMDetection's own DINO: ``python tools/benchmark.py``.
+
+Both have the same weights, backbone, images and boxes, each lives in a process of its own, and they take turns: ours,
+MMDetection's, ours, ... Ratios are taken pair by pair. Counts do not depend on the machine; times do. Examples:
+
+  python tools/benchmark.py                                     # training step and inference, R50
+  python tools/benchmark.py --component                         # parts of a training step
+  python tools/benchmark.py --sweep boxes=1,8,60,100 size=320x480,480x640,640x960 --picture growth.png
+  python tools/benchmark.py --data --step-seconds 0.25          # is the training pipeline fast enough?
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import cv2
+import mmcv
+import mmdet
+import mmengine
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from PIL import Image
+
+import dino_mm
+from dino_mm.engine.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
+from dino_mm.engine.profiling import LABEL_CHECK, Worker
+
+SIDES = ('ours', 'mmdet')
+DEFAULT_CONFIG = 'dino-resnet/dino_r50_4scale_12ep.py'
+RESIZE_BACKENDS = ('pillow', 'cv2')
+#: Images of one turn of ``--data``.
+IMAGES_A_TURN = 10
+
+
+def size(text: str) -> tuple[int, int]:
+    """``480x640``: height and width."""
+    height, width = text.lower().split('x')
+    return int(height), int(width)
+
+
+def sweep(text: str) -> tuple[str, list[Any]]:
+    """``boxes=1,8,60``: an axis and its values."""
+    axis, _, values = text.partition('=')
+    if axis not in ('size', 'boxes', 'queries', 'batch') or not values:
+        raise argparse.ArgumentTypeError(f'{text!r} is not `size=`, `boxes=`, `queries=` or `batch=` and values')
+    return axis, [(size if axis == 'size' else int)(value) for value in values.split(',')]
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=DEFAULT_CONFIG, help='config file, or the name of a shipped one')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='override the config')
+    parser.add_argument('--size', type=size, default=(480, 640), metavar='HxW', help='of all images (480x640)')
+    for name, default, text in (
+        ('batch', 2, 'images'),
+        ('boxes', 8, 'boxes in each image'),
+        ('queries', None, "matching queries (the config's)"),
+        ('threads', 2, 'threads'),
+        ('repeats', 5, 'pairs of runs'),
+        ('seed', 0, 'seed of weights, images, boxes and noise'),
+    ):
+        parser.add_argument(
+            f'--{name}', type=int, default=default, help=text if default is None else f'{text} (%(default)s)'
+        )
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='half types run under autocast')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--component', nargs='*', choices=COMPONENTS, help='measure parts; all, if none is named')
+    mode.add_argument('--data', action='store_true', help='measure the training pipeline')
+    parser.add_argument(
+        '--sweep', nargs='+', type=sweep, default=[], metavar='AXIS=A,B', help='repeat for other values'
+    )
+    parser.add_argument('--step-seconds', type=float, help='with --data: time of a training step; else it is measured')
+    parser.add_argument('--out', type=Path, help='JSON file to write')
+    parser.add_argument('--picture', type=Path, help='PNG file to write')
+    args = parser.parse_args()
+    if args.data and (args.picture or args.sweep):
+        parser.error('--data has neither --picture nor --sweep')
+    return args
+
+
+def base_setting(args: argparse.Namespace) -> Setting:
+    """The setting that the command line states."""
+    shared = {f.name for f in dataclasses.fields(Setting)} & set(vars(args))
+    return Setting(**{name: getattr(args, name) for name in shared}, height=args.size[0], width=args.size[1])
+
+
+class Point(NamedTuple):
+    """A setting, and where it stands on an axis of the picture."""
+
+    setting: Setting
+    axis: str | None = None
+    position: float = 0
+    label: str = ''
+
+
+def points(base: Setting, sweeps: Sequence[tuple[str, list[Any]]]) -> Iterator[Point]:
+    """The stated setting, then those that differ from it along one axis."""
+    yield Point(base)
+    for axis, values in sweeps:
+        for value in values:
+            if axis == 'size':
+                height, width = value
+                changed = dataclasses.replace(base, height=height, width=width)
+                yield Point(changed, axis, height * width, f'{height}x{width}')
+            else:
+                yield Point(dataclasses.replace(base, **{axis: value}), axis, value, str(value))
+
+
+def measure_point(point: Point, works: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure both sides in one setting, in new processes."""
+    ours, mmdet_side = (Worker(Side, side, point.setting) for side in SIDES)
+    with closing(ours), closing(mmdet_side):
+        workers = dict(zip(SIDES, (ours, mmdet_side), strict=True))
+        measures = [measure for work in works for measure in measure_work(work, workers, repeats)]
+        scores = [workers[side]('scores') for side in SIDES]
+        num_queries = workers['ours']('num_queries')
+    return dict(
+        setting=dataclasses.asdict(point.setting) | dict(decoder_queries=num_queries),
+        axis=point.axis,
+        position=point.position,
+        label=point.label,
+        largest_difference_of_scores=largest_difference(*scores),
+        measures=measures,
+    )
+
+
+def measure_work(work: str, workers: dict[str, Worker], repeats: int) -> Iterator[dict[str, Any]]:
+    """All measures of one work. Memory comes first: a process keeps much of what it once used."""
+    name = work.replace('-', ' ')
+    memory = {side: [worker('memory', work)] for side, worker in workers.items()}
+    counts = {side: worker('count', work) for side, worker in workers.items()}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for number in range(repeats):
+        print(f'{name}: pair {number + 1} of {repeats}', file=sys.stderr)
+        for side in SIDES:
+            runs[side].append(workers[side]('time', work))
+    passes = list(runs['ours'][0])
+    whole = work in WHOLE
+    if len(passes) > 1:
+        for phase in passes:
+            seconds = {side: [run[phase] for run in runs[side]] for side in SIDES}
+            yield compare(f'{name}, {phase}', 's', seconds, shown=whole)
+    yield compare(name, 's', {side: [sum(run.values()) for run in runs[side]] for side in SIDES}, drawn=True)
+    if None not in memory['ours']:
+        mebibytes = {side: [value / 2**20 for value in values] for side, values in memory.items()}
+        yield compare(f'{name}, peak memory', 'MiB', mebibytes)
+    for phase in passes:
+        calls = {side: [counts[side][phase]['calls'].total()] for side in SIDES}
+        yield compare(f'{name}, operator calls, {phase}', '', calls, shown=whole or phase == 'forward')
+        waits = {side: counts[side][phase]['waits'] for side in SIDES}
+        real = {side: [kinds.total() - kinds[LABEL_CHECK]] for side, kinds in waits.items()}
+        yield compare(f'{name}, host waits, {phase}', '', real, shown=whole and phase == 'forward', kinds=waits)
+
+
+def compare(
+    name: str, unit: str, values: dict[str, list[float]], shown: bool = True, drawn: bool = False, **more: Any
+) -> dict[str, Any]:
+    """One row: medians of both sides, and their ratio pair by pair; no ratio where a side has nothing.
+
+    Args:
+        name: What the values are.
+        unit: Their unit.
+        values: Values of each side's runs.
+        shown: Whether it is a row of the table and a bar of the picture; the JSON has all.
+        drawn: Whether its growth is drawn.
+        more: Further entries of the JSON.
+    """
+    ratios = [ours / theirs for ours, theirs in zip(values['ours'], values['mmdet'], strict=True) if theirs > 0]
+    return dict(
+        name=name,
+        unit=unit,
+        **{side: median(values[side]) for side in SIDES},
+        ratio=median(ratios) if ratios else None,
+        range=[min(ratios), max(ratios)] if ratios else None,
+        shown=shown,
+        drawn=drawn,
+        runs=values,
+        **more,
+    )
+
+
+def table(result: dict[str, Any], repeats: int) -> str:
+    """One setting's measures as text."""
+    setting = result['setting']
+    lines = [
+        f'{setting["config"]}: {setting["batch"]} images of {setting["height"]}x{setting["width"]}, '
+        f'{setting["boxes"]} boxes each, {setting["decoder_queries"]} queries in training,',
+        f'{setting["dtype"]} on {setting["device"]}, {setting["threads"]} threads; medians of {repeats} pairs of runs; '
+        f'the scores of both differ by {result["largest_difference_of_scores"]:.1e} at most',
+        f'{"":<44} {"ours":>10} {"mmdet":>10}     {"ratio":>5}  range',
+    ]
+    for row in filter(lambda row: row['shown'], result['measures']):
+        numbers = [f'{row[side]:>10.3f}' if row['unit'] == 's' else f'{row[side]:>10.0f}' for side in SIDES]
+        ratio = ''
+        if row['ratio'] is not None:
+            low, high = row['range']
+            ratio = f'{row["ratio"]:>5.2f}' + (f'  {low:.2f} - {high:.2f}' if low < high else '')
+        lines.append(f'{row["name"]:<44} {" ".join(numbers)} {row["unit"]:<3} {ratio}'.rstrip())
+    return '\n'.join(lines)
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    modules = (dino_mm, torch, mmcv, mmdet, mmengine)
+    return dict(
+        machine=next((line.partition(': ')[2] for line in lines if line.startswith('model name')), platform.machine()),
+        system=platform.platform(),
+        python=platform.python_version(),
+        **{module.__name__: str(module.__version__) for module in modules},
+        **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}),
+    )
+
+
+def with_backend(step: Any, backend: str) -> Any:
+    """A pipeline, or a part of one, that decodes and resizes with ``backend``, Pillow or OpenCV."""
+    if isinstance(step, list | tuple):
+        return type(step)(with_backend(child, backend) for child in step)
+    if not isinstance(step, dict):
+        return step
+    changed = {key: with_backend(value, backend) for key, value in step.items()}
+    if changed.get('type') == 'LoadImageFromFile':
+        changed['imdecode_backend'] = backend
+    if 'dino_mm.ResizeShortestEdge' in (changed.get('type'), changed.get('resize_type')):
+        changed['backend'] = backend
+    return changed
+
+
+def make_images(folder: Path, setting: Setting) -> list[dict[str, Any]]:
+    """Write JPEG images with the detail of a photograph's, and say what a data set would say of them."""
+    rng = np.random.default_rng(setting.seed)
+    records = []
+    for index in range(IMAGES_A_TURN):
+        coarse = Image.fromarray(rng.integers(0, 256, (setting.height // 8, setting.width // 8, 3), dtype=np.uint8))
+        path = folder / f'{index}.jpg'
+        coarse.resize((setting.width, setting.height), Image.Resampling.BICUBIC).save(path, quality=90)
+        corners = rng.uniform(0, 0.6, (setting.boxes, 2))
+        boxes = np.concatenate([corners, corners + 0.3], 1) * ([setting.width, setting.height] * 2)
+        instances = [dict(bbox=box.tolist(), bbox_label=0, ignore_flag=0) for box in boxes]
+        records.append(
+            dict(img_path=str(path), img_id=index, height=setting.height, width=setting.width, instances=instances)
+        )
+    return records
+
+
+def measure_pipeline(config: Config, setting: Setting, repeats: int) -> dict[str, list[float]]:
+    """Images a second of the training pipeline in one process, with each backend, in turns."""
+    init_default_scope('mmdet')
+    cv2.setNumThreads(0)  # as in training, where every process of the loader has one thread
+    pipelines = {
+        backend: Compose(with_backend(config.train_dataloader.dataset.pipeline, backend)) for backend in RESIZE_BACKENDS
+    }
+    rates: dict[str, list[float]] = {backend: [] for backend in RESIZE_BACKENDS}
+    with tempfile.TemporaryDirectory() as folder:
+        records = make_images(Path(folder), setting)
+        for turn in range(repeats + 1):
+            for backend, pipeline in pipelines.items():
+                random.seed(turn)
+                np.random.seed(turn)  # the same sizes and crops for both
+                start = time.perf_counter()
+                for record in records:
+                    pipeline(dict(record))
+                if turn:  # the first turn warms up
+                    rates[backend].append(len(records) / (time.perf_counter() - start))
+    return rates
+
+
+def measure_step(setting: Setting, repeats: int) -> float:
+    """Seconds of our training step."""
+    with closing(Worker(Side, 'ours', setting)) as worker:
+        worker('time', 'training-step')
+        return median(sum(worker('time', 'training-step').values()) for _ in range(repeats))
+
+
+def run_data(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Measure the training pipeline, print whether it or the model is the limit."""
+    path = args.config if Path(args.config).is_file() else dino_mm.cfg(args.config)
+    config = Config.fromfile(path)
+    config.merge_from_dict(args.cfg_options)
+    rates = measure_pipeline(config, setting, args.repeats)
+    step = args.step_seconds or measure_step(setting, args.repeats)
+    model_rate, processes = setting.batch / step, max(1, config.train_dataloader.num_workers)
+    print(f'{args.config}: training pipeline on images of {setting.height}x{setting.width}, {setting.boxes} boxes each')
+    print(f'model: {model_rate:.1f} images a second, {setting.batch} in {step:.3f} s')
+    for backend, values in rates.items():
+        rate = median(values)
+        limit = 'the model' if rate * processes >= model_rate else 'the loader'
+        print(
+            f'{backend:<6}: {rate:.1f} images a second in one process ({min(values):.1f} - {max(values):.1f}); '
+            f"with the config's {processes}, the limit is {limit}; the model needs {math.ceil(model_rate / rate)}"
+        )
+    return dict(pipeline=rates, step_seconds=step, model=model_rate, processes=processes)
+
+
+def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+    """Measure and print every setting."""
+    works = WHOLE if args.component is None else args.component or COMPONENTS
+    results = []
+    for point in points(setting, args.sweep):
+        results.append(measure_point(point, works, args.repeats))
+        print(table(results[-1], args.repeats), end='\n\n', flush=True)
+    if args.picture:
+        from dino_mm.visualization.comparison import plot_comparison  # Matplotlib is needed for pictures only
+
+        first = results[0]['setting']
+        plot_comparison(
+            results,
+            args.picture,
+            f'{Path(first["config"]).stem}, {first["batch"]} images of {first["height"]}x{first["width"]}, '
+            f'{first["boxes"]} boxes each, {first["dtype"]} on {first["device"]}, {first["threads"]} threads',
+        )
+    return results
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = parse_args()
+    setting = base_setting(args)
+    try:
+        found = dict(data=run_data(args, setting)) if args.data else dict(results=run_comparison(args, setting))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise SystemExit(f'error: {error}') from None
+    if args.out:
+        report = dict(environment=environment(), command=sys.argv[1:], repeats=args.repeats, **found)
+        args.out.write_text(json.dumps(report, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
