@@ -27,7 +27,7 @@ WAITS = {'Tensor.cpu': 1}
 
 @pytest.fixture(scope='module', autouse=True)
 def _sampling_in_operators() -> Iterator[None]:
-    """A GPU samples with one operator. In its place mmcv's PyTorch code, not the path by scipy that only a CPU takes."""
+    """A GPU samples with one operator: in its place mmcv's PyTorch code, not the path by scipy that a CPU takes."""
     with mock.patch.object(torch.backends.mkl, 'is_available', return_value=False):
         yield
 
