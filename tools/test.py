@@ -6,7 +6,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
-from dino_mm.engine.launch import add_common_arguments, build_runner, checkpoint_errors_in_a_line, load_config
+from dino_mm.engine.launch import add_common_arguments, build_runner, ends_cleanly, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def main() -> None:
     runner = build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    with checkpoint_errors_in_a_line():
+    with ends_cleanly():
         runner.test()
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from mmengine.config import Config
 
-from dino_mm.engine.launch import add_common_arguments, build_runner, checkpoint_errors_in_a_line, load_config
+from dino_mm.engine.launch import add_common_arguments, build_runner, ends_cleanly, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def main() -> None:
     args = parse_args()
     config = load_config(args)
     apply_training_arguments(config, args)
-    with checkpoint_errors_in_a_line():
+    with ends_cleanly():
         build_runner(config).train()
 
 

@@ -61,12 +61,18 @@ def build_runner(config: Config) -> Runner:
 
 
 @contextmanager
-def checkpoint_errors_in_a_line() -> Iterator[None]:
-    """End the program with the message alone where a checkpoint does not open or does not fit."""
+def ends_cleanly() -> Iterator[None]:
+    """End the program with the message alone where a checkpoint does not fit; processes leave together if all is well.
+
+    A process that exits while others still use gloo aborts, now and then, at its very end.
+    """
     try:
         yield
     except CheckpointError as error:
         raise SystemExit(f'error: {error}') from None
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _use_gloo(config: Config) -> None:

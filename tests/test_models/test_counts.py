@@ -4,9 +4,6 @@ Counted on a CPU, with the losses as the config has them. Only the label checks 
 makes and a GPU does not, are set apart.
 """
 
-from collections.abc import Iterator
-from unittest import mock
-
 import pytest
 import torch
 from conftest import make_samples
@@ -23,13 +20,6 @@ from dino_mm.registry import MODELS
 FORWARD_CALLS, BACKWARD_CALLS = 3254, 3767
 #: The matching costs.
 WAITS = {'Tensor.cpu': 1}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _sampling_in_operators() -> Iterator[None]:
-    """A GPU samples with one operator: in its place mmcv's PyTorch code, not the path by scipy that a CPU takes."""
-    with mock.patch.object(torch.backends.mkl, 'is_available', return_value=False):
-        yield
 
 
 @pytest.fixture(scope='module')
