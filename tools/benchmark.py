@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import random
 import sys
@@ -23,6 +24,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import cv2
 import mmcv
@@ -41,7 +43,8 @@ from dino_mm.engine.profiling import LABEL_CHECK, Worker
 
 SIDES = ('ours', 'mmdet')
 DEFAULT_CONFIG = 'dino-resnet/dino_r50_4scale_12ep.py'
-RESIZE_BACKENDS = ('pillow', 'cv2')
+#: Of configs that read the variable IMAGE_BACKEND, as all shipped ones do.
+IMAGE_BACKENDS = ('pillow', 'cv2')
 #: Images of one turn of ``--data``.
 IMAGES_A_TURN = 10
 
@@ -229,18 +232,12 @@ def environment() -> dict[str, str]:
     )
 
 
-def with_backend(step: Any, backend: str) -> Any:
-    """A pipeline, or a part of one, that decodes and resizes with ``backend``, Pillow or OpenCV."""
-    if isinstance(step, list | tuple):
-        return type(step)(with_backend(child, backend) for child in step)
-    if not isinstance(step, dict):
-        return step
-    changed = {key: with_backend(value, backend) for key, value in step.items()}
-    if changed.get('type') == 'LoadImageFromFile':
-        changed['imdecode_backend'] = backend
-    if 'dino_mm.ResizeShortestEdge' in (changed.get('type'), changed.get('resize_type')):
-        changed['backend'] = backend
-    return changed
+def read_config(args: argparse.Namespace, backend: str) -> Config:
+    """The config as it is where images are decoded and resized by ``backend``."""
+    with mock.patch.dict(os.environ, IMAGE_BACKEND=backend):
+        config = Config.fromfile(args.config if Path(args.config).is_file() else dino_mm.cfg(args.config))
+    config.merge_from_dict(args.cfg_options)
+    return config
 
 
 def make_images(folder: Path, setting: Setting) -> list[dict[str, Any]]:
@@ -260,25 +257,23 @@ def make_images(folder: Path, setting: Setting) -> list[dict[str, Any]]:
     return records
 
 
-def measure_pipeline(config: Config, setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Images a second of the training pipeline in one process, with each backend, in turns."""
+def measure_pipelines(configs: dict[str, Config], setting: Setting, repeats: int) -> dict[str, list[float]]:
+    """Images a second of each config's training pipeline in one process, in turns."""
     init_default_scope('mmdet')
     cv2.setNumThreads(0)  # as in training, where every process of the loader has one thread
-    pipelines = {
-        backend: Compose(with_backend(config.train_dataloader.dataset.pipeline, backend)) for backend in RESIZE_BACKENDS
-    }
-    rates: dict[str, list[float]] = {backend: [] for backend in RESIZE_BACKENDS}
+    pipelines = {name: Compose(config.train_dataloader.dataset.pipeline) for name, config in configs.items()}
+    rates: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
         records = make_images(Path(folder), setting)
         for turn in range(repeats + 1):
-            for backend, pipeline in pipelines.items():
+            for name, pipeline in pipelines.items():
                 random.seed(turn)
-                np.random.seed(turn)  # the same sizes and crops for both
+                np.random.seed(turn)  # the same sizes and crops for all
                 start = time.perf_counter()
                 for record in records:
                     pipeline(dict(record))
                 if turn:  # the first turn warms up
-                    rates[backend].append(len(records) / (time.perf_counter() - start))
+                    rates[name].append(len(records) / (time.perf_counter() - start))
     return rates
 
 
@@ -291,12 +286,10 @@ def measure_step(setting: Setting, repeats: int) -> float:
 
 def run_data(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Measure the training pipeline, print whether it or the model is the limit."""
-    path = args.config if Path(args.config).is_file() else dino_mm.cfg(args.config)
-    config = Config.fromfile(path)
-    config.merge_from_dict(args.cfg_options)
-    rates = measure_pipeline(config, setting, args.repeats)
+    configs = {backend: read_config(args, backend) for backend in IMAGE_BACKENDS}
+    rates = measure_pipelines(configs, setting, args.repeats)
     step = args.step_seconds or measure_step(setting, args.repeats)
-    model_rate, processes = setting.batch / step, max(1, config.train_dataloader.num_workers)
+    model_rate, processes = setting.batch / step, max(1, configs['pillow'].train_dataloader.num_workers)
     print(f'{args.config}: training pipeline on images of {setting.height}x{setting.width}, {setting.boxes} boxes each')
     print(f'model: {model_rate:.1f} images a second, {setting.batch} in {step:.3f} s')
     for backend, values in rates.items():

@@ -3,6 +3,7 @@
 import random
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,3 +83,24 @@ def test_training_pipeline_of_the_r50_config(tmp_path) -> None:
     assert flips == {True, False}
     assert max(counts) == 3
     assert min(counts) < 3  # some crops lose a box
+
+
+@pytest.mark.parametrize('backend', ['pillow', 'cv2'])
+def test_one_variable_switches_decoding_and_resizing(backend: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('IMAGE_BACKEND', backend)
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(dino_mm.cfg('dino-swin/dino_swin_tiny_224_4scale_12ep.py'))
+    assert cfg.image_backend == backend
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    expected = {
+        'pillow': lambda: np.array(Image.fromarray(pixels).resize((800, 800), Image.BILINEAR)),
+        'cv2': lambda: cv2.resize(pixels, (800, 800), interpolation=cv2.INTER_LINEAR),
+    }[backend]()
+    pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
+    image = pipeline(dict(img_path=str(tmp_path / 'a.png'), img_id=3, instances=[]))['inputs']
+    np.testing.assert_array_equal(image.numpy()[::-1], expected.transpose(2, 0, 1))  # BGR to RGB
+
+    branches = Compose(cfg.train_dataloader.dataset.pipeline).transforms[3].transforms
+    resizes = [step.resize for branch in branches for step in branch.transforms if hasattr(step, 'resize')]
+    assert [resize.backend for resize in resizes] == [backend] * 3

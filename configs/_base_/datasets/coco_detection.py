@@ -1,17 +1,20 @@
 data_root = '{{$DATA_ROOT:data/coco/}}'
 backend_args = None
+# Decodes and resizes: 'pillow' filters as it shrinks, as detrex has it; 'cv2' is faster and does not.
+image_backend = '{{$IMAGE_BACKEND:pillow}}'
 
 # detrex's augmentation: half of the images are resized, cropped and resized again.
+shortest_edge = dict(resize_type='dino_mm.ResizeShortestEdge', backend=image_backend)
 train_sizes = [(short, 1333) for short in range(480, 801, 32)]
-resize = dict(type='RandomChoiceResize', scales=train_sizes, resize_type='dino_mm.ResizeShortestEdge')
+resize = dict(type='RandomChoiceResize', scales=train_sizes, **shortest_edge)
 resize_before_crop = dict(
     type='RandomChoiceResize',
     scales=[(400, 100000), (500, 100000), (600, 100000)],  # no limit of the longer edge
-    resize_type='dino_mm.ResizeShortestEdge',
+    **shortest_edge,
 )
 crop = dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True)
 
-load_image = dict(type='LoadImageFromFile', imdecode_backend='pillow', backend_args=backend_args)
+load_image = dict(type='LoadImageFromFile', imdecode_backend=image_backend, backend_args=backend_args)
 meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
 train_pipeline = [
     load_image,
@@ -21,7 +24,7 @@ train_pipeline = [
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-5, 1e-5), keep_empty=False),
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
-test_resize = dict(type='dino_mm.ResizeShortestEdge', scale=(800, 1333))
+test_resize = dict(type='dino_mm.ResizeShortestEdge', scale=(800, 1333), backend=image_backend)
 test_pipeline = [
     load_image,
     test_resize,
