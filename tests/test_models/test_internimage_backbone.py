@@ -21,7 +21,7 @@ def randomize(module: nn.Module) -> nn.Module:
     return module
 
 
-def dcnv3_by_loops(layer: DCNv3, x: Tensor, stride: int, offset_scale: float) -> Tensor:
+def dcnv3_by_loops(layer: DCNv3, x: Tensor, offset_scale: float) -> Tensor:
     """InternImage, equation 2: y(p0) = sum over g, k of m_gk x_g(p0 + p_k + dp_gk), between the projections."""
     value, query = layer.input_proj(x), layer.depthwise(x)
     bs, dim = len(x), x.shape[-1]
@@ -32,8 +32,8 @@ def dcnv3_by_loops(layer: DCNv3, x: Tensor, stride: int, offset_scale: float) ->
         weights = layer.mask(query[b, i, j]).view(layer.groups, 9)[g].softmax(0)
         channels = slice(g * per_group, (g + 1) * per_group)
         for k, (dx, dy) in enumerate(product((-1, 0, 1), (-1, 0, 1))):
-            px = j * stride + offset_scale * (dx + offsets[k, 0].item())
-            py = i * stride + offset_scale * (dy + offsets[k, 1].item())
+            px = j + offset_scale * (dx + offsets[k, 0].item())
+            py = i + offset_scale * (dy + offsets[k, 1].item())
             output[b, i, j, channels] += weights[k] * bilinear(value[b, :, :, channels], px, py)
     return layer.output_proj(output)
 
@@ -48,26 +48,24 @@ def bilinear(feature: Tensor, px: float, py: float) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('groups', [1, 3])
 @pytest.mark.parametrize('offset_scale', [1.0, 2.0])
-def test_dcnv3_is_its_formula(stride: int, groups: int, offset_scale: float) -> None:
-    layer = randomize(DCNv3(6, groups, stride).double())
+def test_dcnv3_is_its_formula(groups: int, offset_scale: float) -> None:
+    layer = randomize(DCNv3(6, groups).double())
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     with torch.no_grad():
-        output = layer(x, sampling_grid(x, stride, offset_scale))
-        expected = dcnv3_by_loops(layer, x, stride, offset_scale)
+        output = layer(x, sampling_grid(x, offset_scale))
+        expected = dcnv3_by_loops(layer, x, offset_scale)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize(('height', 'width'), [(1, 1), (5, 4), (7, 9)])
-def test_dcnv3_starts_as_a_mean(stride: int, height: int, width: int) -> None:
-    layer = DCNv3(8, 2, stride).double()
+def test_dcnv3_starts_as_a_mean(height: int, width: int) -> None:
+    layer = DCNv3(8, 2).double()
     x = torch.randn(1, height, width, 8, dtype=torch.float64)
     value = layer.input_proj(x).permute(0, 3, 1, 2)
-    mean = F.avg_pool2d(value, 3, stride, padding=1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(layer(x, sampling_grid(x, stride)), layer.output_proj(mean), rtol=0, atol=1e-12)
+    mean = F.avg_pool2d(value, 3, 1, padding=1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(layer(x, sampling_grid(x)), layer.output_proj(mean), rtol=0, atol=1e-12)
 
 
 def test_points_are_counted_column_by_column() -> None:

@@ -44,7 +44,7 @@ class Block(nn.Module):
             trunc_normal_init(linear, std=0.02)
 
     def forward(self, x: Tensor, grid: SamplingGrid) -> Tensor:
-        """(bs, height, width, dim) to the same; ``grid`` of stride 1."""
+        """(bs, height, width, dim) to the same."""
         if self.post_norm:
             x = x + self.drop_path(self.gamma1 * self.norm1(self.dcn(x, grid)))
             return x + self.drop_path(self.gamma2 * self.norm2(self.mlp(x)))

@@ -30,16 +30,14 @@ class SamplingGrid(NamedTuple):
     """Where an undeformed 3x3 kernel samples a feature map; the same for all layers on maps of one size."""
 
     points: Tensor
-    """(num_queries, 1, 1, num_points, 2), (x, y) in [0, 1] of the map; each output pixel is a query, row by row."""
+    """(num_queries, 1, 1, num_points, 2), (x, y) in [0, 1] of the map; each pixel is a query, row by row."""
     step: Tensor
     """(2,), how far an offset (1, 1) moves a point, (x, y)."""
-    shape: tuple[int, int]
-    """(height, width) of the output."""
     levels: FeatureLevels
     """The map as a pyramid of one level."""
 
 
-def sampling_grid(feature: Tensor, stride: int = 1, offset_scale: float = 1.0) -> SamplingGrid:
+def sampling_grid(feature: Tensor, offset_scale: float = 1.0) -> SamplingGrid:
     """Sampling points of a 3x3 kernel with padding 1, as DCNv3 counts them: column by column.
 
     All is made on the device, without a copy from the host, and at least in float32, as half precision cannot
@@ -47,7 +45,6 @@ def sampling_grid(feature: Tensor, stride: int = 1, offset_scale: float = 1.0) -
 
     Args:
         feature: (bs, height, width, dim); its size, device and precision count.
-        stride: Pixels between neighbouring outputs.
         offset_scale: Stretches both the kernel and the offsets.
     """
     height, width = feature.shape[1:3]
@@ -55,15 +52,14 @@ def sampling_grid(feature: Tensor, stride: int = 1, offset_scale: float = 1.0) -
     size = torch.stack([torch.full((), length, **options) for length in (width, height)])
     taps = torch.arange(-1, 2, **options) * offset_scale
     kernel = torch.stack(torch.meshgrid(taps, taps, indexing='ij'), -1).flatten(0, 1)
-    centers = token_centers((height, width), size[None]).view(height, width, 2)[::stride, ::stride]
+    centers = token_centers((height, width), size[None])
     levels = FeatureLevels(
         shapes=((height, width),),
         shape_tensor=size.flip(0).long()[None],
         start_index=size.new_zeros(1, dtype=torch.long),
         valid_ratios=size.new_ones(1, 1, 2),
     )
-    points = centers.flatten(0, 1)[:, None, None, None] + kernel / size
-    return SamplingGrid(points, offset_scale / size, (centers.shape[0], centers.shape[1]), levels)
+    return SamplingGrid(centers.view(-1, 1, 1, 1, 2) + kernel / size, offset_scale / size, levels)
 
 
 class DCNv3(nn.Module):
@@ -76,7 +72,6 @@ class DCNv3(nn.Module):
     Args:
         channels: Width ``dim``.
         groups: Groups of channels with offsets and weights of their own.
-        stride: Pixels between neighbouring outputs.
 
     Raises:
         ValueError: ``groups`` does not divide ``channels``.
@@ -84,14 +79,14 @@ class DCNv3(nn.Module):
     Source: InternImage, section 3.1.
     """
 
-    def __init__(self, channels: int, groups: int, stride: int = 1) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         if channels % groups:
             raise ValueError(
                 f'DCNv3 cannot split {channels} channels into {groups} groups: choose `groups` that divide `channels`.'
             )
         self.groups = groups
-        self.depthwise = nn.Sequential(ConvNorm(channels, channels, stride, groups=channels), nn.GELU())
+        self.depthwise = nn.Sequential(ConvNorm(channels, channels, stride=1, groups=channels), nn.GELU())
         self.offset = nn.Linear(channels, groups * NUM_POINTS * 2)
         self.mask = nn.Linear(channels, groups * NUM_POINTS)
         self.input_proj = nn.Linear(channels, channels)
@@ -110,10 +105,10 @@ class DCNv3(nn.Module):
 
         Args:
             x: (bs, height, width, dim).
-            grid: The undeformed sampling points, of the same stride.
+            grid: The undeformed sampling points of a map of this size.
 
         Returns:
-            (bs, ceil(height / stride), ceil(width / stride), dim).
+            The same shape.
         """
         bs, dim = len(x), x.shape[-1]
         value = self.input_proj(x)
@@ -124,4 +119,4 @@ class DCNv3(nn.Module):
         locations = grid.points + offsets * grid.step
         heads = value.view(bs, -1, self.groups, dim // self.groups)
         output = sample_levels(heads.to(locations), locations, weights.to(locations), grid.levels)
-        return self.output_proj(output.to(value).view(bs, *grid.shape, dim))
+        return self.output_proj(output.to(value).view(x.shape))
