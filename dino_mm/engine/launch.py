@@ -64,7 +64,8 @@ def build_runner(config: Config) -> Runner:
 def ends_cleanly() -> Iterator[None]:
     """End the program with the message alone where a checkpoint does not fit; processes leave together if all is well.
 
-    A process that exits while others still use gloo aborts, now and then, at its very end.
+    A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
+    the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
         yield

@@ -13,12 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, options, python
-from mmengine.config import Config
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import dino_mm
 from dino_mm.engine.comparison import Setting, largest_difference, make_batch, mmdet_config, our_config
 from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
 

@@ -1,0 +1,279 @@
+"""Sampling on a CPU gives what mmcv's PyTorch code gives, and leaves to it what has to be looked into."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from dino_mm.models.layers.sampling import sample_levels
+from dino_mm.models.structures import FeatureLevels
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def make_levels(*shapes: tuple[int, int], device: str = 'cpu') -> FeatureLevels:
+    shape_tensor = torch.tensor(shapes)
+    area = shape_tensor.prod(1)
+    return FeatureLevels(
+        shapes, shape_tensor.to(device), (area.cumsum(0) - area).to(device), torch.ones(1, len(shapes), 2)
+    )
+
+
+def make_inputs(
+    levels: FeatureLevels,
+    bs: int = 2,
+    num_queries: int = 5,
+    num_heads: int = 2,
+    num_points: int = 3,
+    head_dim: int = 4,
+    where: str = 'anywhere',
+    dtype: torch.dtype = torch.float64,
+) -> Inputs:
+    num_levels, num_tokens = len(levels.shapes), sum(height * width for height, width in levels.shapes)
+    samples = (bs, num_queries, num_heads, num_levels, num_points)
+    size = levels.shape_tensor.flip(1)[:, None].double()
+    locations = {
+        'anywhere': lambda: torch.rand(*samples, 2).double() * 1.6 - 0.3,
+        'far outside': lambda: torch.randn(*samples, 2).double() * 1e4,
+        'centres': lambda: (torch.randint(-2, 12, (*samples, 2)) % (size + 4) - 1.5) / size,
+        'borders': lambda: torch.randint(-2, 12, (*samples, 2)) % (size + 3) / size - 1 / size,
+        'offsets from centres': lambda: (
+            (torch.randint(0, 12, (*samples, 2)) % size + 0.5) / size + torch.randint(-3, 4, (*samples, 2)) / size
+        ),
+    }[where]()
+    weights = torch.randn(*samples[:3], num_levels * num_points).softmax(-1).view(samples)
+    value = torch.randn(bs, num_tokens, num_heads, head_dim)
+    return value.to(dtype), locations.to(dtype), weights.to(dtype)
+
+
+WHERE = ('anywhere', 'far outside', 'centres', 'borders', 'offsets from centres')
+
+
+def plain(value: Tensor, locations: Tensor, weights: Tensor, levels: FeatureLevels) -> Tensor:
+    return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
+
+
+def output_and_grads(function, inputs: Inputs, levels: FeatureLevels) -> list[Tensor]:
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    output = function(*inputs, levels)
+    output.backward(direction_of(output))
+    return [output.detach(), *(x.grad for x in inputs)]
+
+
+def direction_of(output: Tensor) -> Tensor:
+    """Gradient of some loss, different everywhere."""
+    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+
+
+def assert_equals_plain(inputs: Inputs, levels: FeatureLevels) -> None:
+    """In output and gradients, relative to the largest number where that is above 1."""
+    names = ('output', 'value', 'locations', 'weights')
+    ours, theirs = (output_and_grads(function, inputs, levels) for function in (sample_levels, plain))
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        scale = max(1.0, other.abs().max().item())
+        difference = (one - other).abs().max().item()
+        assert difference <= TOLERANCE[other.dtype] * scale, f'{name}: {difference}, of {scale}'
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    where=st.sampled_from(WHERE),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    sizes=st.fixed_dictionaries(
+        dict(
+            bs=st.integers(1, 3),
+            num_queries=st.sampled_from([1, 2, 7, 90]),
+            num_heads=st.integers(1, 4),
+            num_points=st.integers(1, 9),
+            head_dim=st.sampled_from([1, 3, 4, 16, 32]),
+        )
+    ),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_plain_code(shapes, where: str, dtype: torch.dtype, sizes: dict, seed: int) -> None:
+    torch.manual_seed(seed)
+    levels = make_levels(*shapes)
+    assert_equals_plain(make_inputs(levels, where=where, dtype=dtype, **sizes), levels)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('where', WHERE)
+def test_equals_plain_code_on_odd_large_maps(where: str, dtype: torch.dtype) -> None:
+    """Pixel centres and borders of such sizes are rounded; the gradients show on which side a sample falls."""
+    levels = make_levels((37, 67), (19, 34), (1, 133), (1, 1))
+    assert_equals_plain(make_inputs(levels, num_queries=300, num_heads=8, where=where, dtype=dtype), levels)
+
+
+def test_one_level_as_deformable_convolution_has_it() -> None:
+    levels = make_levels((20, 27))
+    inputs = make_inputs(levels, num_queries=540, num_heads=4, num_points=9, head_dim=16, dtype=torch.float32)
+    assert_equals_plain(inputs, levels)
+
+
+def test_by_hand() -> None:
+    """Value 10 * row + column, linear in the place: what is read is the place; half of it half a pixel outside."""
+    levels = make_levels((2, 3))
+    value = torch.tensor([0.0, 1, 2, 10, 11, 12]).view(1, 6, 1, 1)
+    places = torch.tensor([[0.0, 0], [2, 1], [0.25, 0.5], [1.5, 0], [2.5, 1], [5, 0]])
+    locations = ((places + 0.5) / torch.tensor([3.0, 2])).view(1, 6, 1, 1, 1, 2)
+    output = sample_levels(value, locations, torch.ones(1, 6, 1, 1, 1), levels)
+    torch.testing.assert_close(output.flatten(), torch.tensor([0.0, 12, 5.25, 1.5, 6, 0]), rtol=0, atol=1e-5)
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(3)
+    levels = make_levels((3, 4), (1, 2))
+    inputs = tuple(x.requires_grad_() for x in make_inputs(levels, num_queries=2, num_points=2))
+    assert torch.autograd.gradcheck(lambda *x: sample_levels(*x, levels), inputs)
+
+
+@pytest.mark.parametrize('num_queries', [0, 6])
+def test_strides_do_not_matter_and_inputs_are_left_alone(num_queries: int) -> None:
+    """Locations whose axes already come first in memory included."""
+    levels = make_levels((4, 5), (2, 3))
+    value, locations, weights = make_inputs(levels, num_queries=num_queries)
+    strided = (
+        value.transpose(1, 2).contiguous().transpose(1, 2),
+        locations.movedim(-1, 0).contiguous().movedim(0, -1),
+        torch.cat([weights, weights], -1)[..., : weights.shape[-1]],
+    )
+    ours, theirs = (output_and_grads(sample_levels, x, levels) for x in (strided, (value, locations, weights)))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert all(torch.equal(one, other) for one, other in zip(strided, (value, locations, weights), strict=True))
+
+
+def test_gradient_without_strides() -> None:
+    levels = make_levels((4, 5), (2, 3))
+    ours, theirs = (tuple(x.requires_grad_() for x in make_inputs(levels)) for _ in range(2))
+    theirs = tuple(x.detach().clone().requires_grad_() for x in ours)
+    sample_levels(*ours, levels).sum().backward()
+    plain(*theirs, levels).sum().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12)
+
+
+def test_only_asked_gradients() -> None:
+    """As with a frozen backbone, or where the locations are constant."""
+    levels = make_levels((4, 5), (2, 3))
+    inputs = make_inputs(levels)
+    everything = output_and_grads(sample_levels, inputs, levels)[1:]
+    for asked, expected in enumerate(everything):
+        leaves = [x.detach().requires_grad_(i == asked) for i, x in enumerate(inputs)]
+        output = sample_levels(*leaves, levels)
+        output.backward(direction_of(output))
+        torch.testing.assert_close(leaves[asked].grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('nowhere', [float('nan'), float('inf')])
+def test_a_location_that_is_no_number_shows_in_the_output(nowhere: float) -> None:
+    """And neither reads nor writes outside of the values, nor touches other queries."""
+    levels = make_levels((4, 5), (2, 3))
+    value, locations, weights = make_inputs(levels, bs=1)
+    expected = sample_levels(value, locations, weights, levels)
+    locations[0, 2, :, 0, 0, 1] = nowhere
+    output, *grads = output_and_grads(sample_levels, (value, locations, weights), levels)
+    assert output[0, 2].isnan().all()
+    others = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(output[:, others], expected[:, others], rtol=0, atol=0)
+    assert all(grad[:, others].isfinite().all() for grad in grads[1:])
+
+
+class Sampler(nn.Module):
+    """Traced, compiled or exported in the tests below."""
+
+    def __init__(self, levels: FeatureLevels) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return sample_levels(value, locations, weights, self.levels)
+
+
+def trace(module: nn.Module, inputs: Inputs) -> nn.Module:
+    return torch.jit.trace(module, inputs)
+
+
+def export(module: nn.Module, inputs: Inputs) -> nn.Module:
+    return torch.export.export(module, inputs).module()
+
+
+def compile_whole(module: nn.Module, inputs: Inputs) -> nn.Module:
+    return torch.compile(module, fullgraph=True, backend='aot_eager')
+
+
+@pytest.mark.parametrize('through', [trace, export, compile_whole])
+def test_tracers_see_through(through) -> None:
+    levels = make_levels((4, 5), (2, 3))
+    inputs = make_inputs(levels, dtype=torch.float32)
+    with torch.no_grad():
+        seen = through(Sampler(levels).eval(), inputs)
+        for example in (inputs, make_inputs(levels, dtype=torch.float32)):
+            torch.testing.assert_close(seen(*example), sample_levels(*example, levels), rtol=0, atol=1e-5)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    levels = make_levels((4, 5), (2, 3), device='meta')
+    inputs = (x.to('meta') for x in make_inputs(make_levels((4, 5), (2, 3))))
+    assert sample_levels(*inputs, levels).shape == (2, 5, 8)
+
+
+def test_half_precision() -> None:
+    levels = make_levels((4, 5), (2, 3))
+    inputs = make_inputs(levels)
+    output = sample_levels(*(x.bfloat16() for x in inputs), levels)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), sample_levels(*inputs, levels), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointing_changes_nothing(use_reentrant: bool) -> None:
+    levels = make_levels((4, 5), (2, 3))
+    inputs = make_inputs(levels)
+    saving = output_and_grads(lambda *x: checkpoint(sample_levels, *x, use_reentrant=use_reentrant), inputs, levels)
+    for one, other in zip(saving, output_and_grads(sample_levels, inputs, levels), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_backward_keeps_only_the_inputs() -> None:
+    levels = make_levels((4, 5), (2, 3))
+    inputs = [x.requires_grad_() for x in make_inputs(levels)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        sample_levels(*inputs, levels)
+    assert sorted(kept) == sorted(x.data_ptr() for x in inputs)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators() -> None:
+    """One product an image each way, no sampled map, nothing that waits for the host; and not many in all."""
+    levels = make_levels((4, 5), (2, 3), (1, 1), (1, 2))
+    inputs = [x.requires_grad_() for x in make_inputs(levels, bs=2)]
+    with Operators() as forward:
+        output = sample_levels(*inputs, levels)
+    with Operators() as backward:
+        output.backward(direction_of(output))
+    assert forward.names.count('_embedding_bag') == backward.names.count('sparse_sampled_addmm') == 2
+    waits = {'grid_sampler_2d', 'grid_sampler_2d_backward', '_local_scalar_dense', 'nonzero', 'item', 'sort'}
+    assert not waits & {*forward.names, *backward.names}
+    assert len(forward.names) <= 120
+    assert len(backward.names) <= 220
