@@ -1,5 +1,7 @@
 """Box arithmetic in which DINO differs from mmdet's."""
 
+import math
+
 import torch
 from mmdet.models.layers.transformer.utils import inverse_sigmoid
 from torch import Tensor
@@ -34,6 +36,20 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def box_logits(boxes: Tensor) -> Tensor:
     """Logits of ``boxes`` (..., 4) in [0, 1], cut off at ``REFERENCE_EPS``."""
     return inverse_sigmoid(boxes, eps=REFERENCE_EPS)
+
+
+def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:
+    """Sines and cosines in turns of y, x, width and height: boxes (..., 4), cxcywh, to (..., 4 * num_feats).
+
+    A coordinate in [0, 1] is encoded with ``num_feats / 2`` wavelengths from 1 to 10000.
+
+    Source: DAB-DETR, section 4.2; the order of the coordinates is that of its code.
+    """
+    # float32 whatever the boxes are: its rounding is part of trained models.
+    steps = torch.arange(0, num_feats, 2, device=boxes.device, dtype=torch.float32)
+    coordinates = torch.cat([boxes[..., :2].flip(-1), boxes[..., 2:]], -1)
+    angles = coordinates[..., None] * (2 * math.pi) / 10000 ** (steps / num_feats)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
 def refine_boxes(delta: Tensor, reference: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class DenoisingQueries(NamedTuple):
     """(bs, num_dn, dim), embeddings of the noised labels, 0 in unused slots."""
     reference: Tensor
     """(bs, num_dn, 4), noised boxes, cxcywh in [0, 1]."""
-    attn_mask: Tensor
-    """(num_dn + num_queries, num_dn + num_queries), True where attention is blocked."""
+    visible: Tensor
+    """(num_dn, num_dn + num_queries) bool, which queries each of them may attend to. No other query sees them."""
     num_groups: int
 
 

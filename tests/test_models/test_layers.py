@@ -5,25 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 from mmdet.structures import DetDataSample
 from torch import nn
 
+from dino_mm.models.box_ops import encode_boxes
 from dino_mm.models.layers.attention import DeformableAttention, SelfAttention
-from dino_mm.models.layers.denoising import group_mask, noise_boxes, noise_labels
+from dino_mm.models.layers.denoising import noise_boxes, noise_labels, visible_queries
 from dino_mm.models.layers.query_selector import encoder_proposals
 from dino_mm.models.layers.tokens import flatten_levels
 
 
 @settings(max_examples=20, deadline=None)
 @given(num_groups=st.integers(0, 4), slots=st.integers(1, 3), num_queries=st.integers(1, 5))
-def test_group_mask_truth_table(num_groups, slots, num_queries):
+def test_visible_queries_truth_table(num_groups, slots, num_queries):
     size = 2 * slots
-    mask = group_mask(num_groups, size, num_queries, torch.device('cpu'))
+    visible = visible_queries(num_groups, size, num_queries, torch.device('cpu'))
     num_dn = num_groups * size
-    for i in range(num_dn + num_queries):
+    assert visible.shape == (num_dn, num_dn + num_queries)
+    for i in range(num_dn):
         for j in range(num_dn + num_queries):
-            same_group = i < num_dn and i // size == j // size
-            assert mask[i, j].item() == (j < num_dn and not same_group), (i, j)
+            assert visible[i, j].item() == (j >= num_dn or i // size == j // size), (i, j)
 
 
 @settings(max_examples=50, deadline=None)
@@ -131,11 +133,22 @@ def test_deformable_attention_equals_mmcvs_forward():
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_self_attention_equals_the_formula():
+@pytest.mark.parametrize('num_feats', [2, 128])
+def test_encoding_of_boxes_equals_mmdets(num_feats):
+    boxes = torch.rand(2, 7, 4, dtype=torch.float64)
+    expected = coordinate_to_encoding(boxes, num_feats=num_feats)
+    torch.testing.assert_close(encode_boxes(boxes, num_feats), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize('num_dn', [None, 0, 2, 4])
+def test_self_attention_equals_the_formula(num_dn):
     attention = SelfAttention(8, num_heads=2).double()
     query, query_pos = torch.randn(2, 1, 5, 8, dtype=torch.float64)
-    blocked = torch.rand(5, 5) < 0.3
-    blocked.fill_diagonal_(False)
+    visible = None if num_dn is None else (torch.rand(num_dn, 5) < 0.6) | torch.eye(5, dtype=torch.bool)[:num_dn]
+    blocked = torch.zeros(5, 5, dtype=torch.bool)
+    if num_dn:
+        blocked[:, :num_dn] = True
+        blocked[:num_dn] = ~visible
     weight, bias = attention.attn.in_proj_weight, attention.attn.in_proj_bias
     located = query + query_pos
     q, k, v = (
@@ -145,4 +158,4 @@ def test_self_attention_equals_the_formula():
     scores = (q @ k.transpose(1, 2) / 2).masked_fill(blocked, -torch.inf)
     mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(1, 5, 8)
     expected = query + attention.attn.out_proj(mixed)
-    torch.testing.assert_close(attention(query, query_pos, blocked), expected)
+    torch.testing.assert_close(attention(query, query_pos, visible), expected)

@@ -196,12 +196,12 @@ class DINO(DetectionTransformer):
         denoising: DenoisingQueries | None = None,
     ) -> DecoderStates:
         """Decode denoising and matching queries together, denoising queries first."""
-        query, reference, attn_mask = selection.content, selection.reference, None
+        query, reference, visible = selection.content, selection.reference, None
         if denoising is not None:
             query = torch.cat([denoising.content, query], 1)
             reference = torch.cat([denoising.reference, reference], 1)
-            attn_mask = denoising.attn_mask if denoising.num_groups else None
-        return self.decoder(query, reference, memory, tokens, self.bbox_head.reg_branches, attn_mask)
+            visible = denoising.visible if denoising.num_groups else None
+        return self.decoder(query, reference, memory, tokens, self.bbox_head.reg_branches, visible)
 
     def _check_neck(self, num_maps: int, channels: int) -> None:
         if (num_maps, channels) != (self.num_feature_levels, self.embed_dims):

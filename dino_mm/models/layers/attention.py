@@ -1,5 +1,7 @@
 """The two attentions of DINO: self-attention among queries, deformable attention into the feature maps."""
 
+import torch
+import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
@@ -10,7 +12,9 @@ from .sampling import sample_levels
 class SelfAttention(nn.Module):
     """Multi-head self-attention with residual; positions are added to queries and keys, not to values.
 
-    Runs on ``scaled_dot_product_attention``: the averaged attention weights are never made.
+    Runs on ``scaled_dot_product_attention``: attention weights are never kept. Denoising queries, which come first and
+    which no other query sees, attend by themselves: so the mask is theirs alone, and all others need none, with which
+    the fastest kernels run. The parameters are those of ``nn.MultiheadAttention``.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -18,17 +22,34 @@ class SelfAttention(nn.Module):
         self.attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, query_pos: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, query_pos: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: (bs, num_queries, dim).
             query_pos: (bs, num_queries, dim).
-            attn_mask: (num_queries, num_queries) bool, True where attention is blocked.
+            visible: (num_dn, num_queries) bool, the queries that each denoising query, of the first ones, attends to.
+                None: there are no denoising queries.
         """
-        located = query + query_pos
-        output, _ = self.attn(located, located, query, attn_mask=attn_mask, need_weights=False)
-        return query + self.dropout(output)
+        width = query.shape[-1]
+        weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
+        located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
+        q, k, v = (
+            x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (*located.split(width, -1), content)
+        )
+        output = self._attend(q, k, v) if visible is None else self._attend_apart(q, k, v, visible)
+        return query + self.dropout(self.attn.out_proj(output.transpose(1, 2).flatten(2)))
+
+    def _attend_apart(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Denoising queries to what they see, the others to one another; all (bs, num_heads, num_queries, ...)."""
+        num_dn = len(visible)
+        noised = self._attend(query[:, :, :num_dn], key, value, visible)
+        matching = self._attend(*(x[:, :, num_dn:] for x in (query, key, value)))
+        return torch.cat([noised, matching], 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+        dropout = self.attn.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
 
 
 class DeformableAttention(MultiScaleDeformableAttention):

@@ -1,6 +1,7 @@
 """Contrastive denoising: noised ground truth as additional queries, which the decoder learns to restore or reject."""
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -36,17 +37,13 @@ def noise_boxes(boxes: Tensor, sign: Tensor, draw: Tensor, scale: float) -> Tens
     return bbox_xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
 
 
-def group_mask(num_groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
-    """Which query may not see which, (num_dn + num_queries)^2, True = blocked.
+def visible_queries(num_groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
+    """What a denoising query sees, (num_dn, num_dn + num_queries): its own group, and the matching queries.
 
-    No query sees denoising queries of another group, so ground truth cannot leak; all see the matching queries.
+    No query sees a denoising query of another group, so ground truth cannot leak; matching queries see none at all.
     """
-    num_dn = num_groups * group_size
-    # Matching queries form "group" num_groups, which differs from every denoising group.
-    group = torch.arange(num_dn + num_queries, device=device).clamp(max=num_dn) // max(group_size, 1)
-    blocked = group[:, None] != group[None, :]
-    blocked[:, num_dn:] = False
-    return blocked
+    group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
+    return F.pad(group[:, None] == group[None, :], (0, num_queries), value=True)
 
 
 @MODELS.register_module()
@@ -110,7 +107,7 @@ class CDNGenerator(BaseModule):
         return DenoisingQueries(
             content.flatten(1, 3),
             reference.flatten(1, 3),
-            group_mask(num_groups, 2 * slots, num_queries, boxes.device),
+            visible_queries(num_groups, 2 * slots, num_queries, boxes.device),
             num_groups,
         )
 

@@ -3,12 +3,12 @@
 from abc import abstractmethod
 
 import torch
-from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ..box_ops import encode_boxes
 from ..structures import QuerySelection, Tokens
 from .transformer import init_transformer
 
@@ -122,7 +122,7 @@ class PureQuerySelector(EncoderQuerySelector):
 
     def content(self, boxes: Tensor) -> Tensor:
         """A linear map of the boxes' sine encoding, normalised."""
-        sine = coordinate_to_encoding(boxes, num_feats=self.pos_trans_fc.out_features // 2)
+        sine = encode_boxes(boxes, self.pos_trans_fc.out_features // 2)
         return self.pos_trans_norm(self.pos_trans_fc(sine.to(self.pos_trans_fc.weight.dtype)))
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
-from mmdet.models.layers.transformer.utils import MLP, coordinate_to_encoding
+from mmdet.models.layers.transformer.utils import MLP
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
-from ..box_ops import refine_boxes
+from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
 
@@ -146,10 +146,10 @@ class DINODecoderLayer(BaseModule):
         reference: Tensor,
         levels: FeatureLevels,
         padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
+        visible: Tensor | None,
     ) -> Tensor:
         """``query`` (bs, num_queries, dim) sampled around ``reference`` (bs, num_queries, num_levels, 4)."""
-        query = self.norms[0](self.self_attn(query, query_pos, attn_mask))
+        query = self.norms[0](self.self_attn(query, query_pos, visible))
         query = self.cross_attn(query, query_pos, memory, reference, levels, padding_mask)
         return self.norms[2](self.ffn(self.norms[1](query)))
 
@@ -200,7 +200,7 @@ class DINODecoder(BaseModule):
         memory: Tensor,
         tokens: Tokens,
         reg_branches: nn.ModuleList,
-        attn_mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> DecoderStates:
         """Decode.
 
@@ -210,15 +210,14 @@ class DINODecoder(BaseModule):
             memory: (bs, num_tokens, dim), the encoder's output.
             tokens: For its geometry and padding mask.
             reg_branches: The head's box branches, one for each layer; they refine here and predict there.
-            attn_mask: (num_queries, num_queries) bool, True where self-attention is blocked.
+            visible: Where denoising queries come first, what they see: see :class:`DenoisingQueries`.
         """
         levels, states, references = tokens.levels, [], [reference]
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
         for i, (layer, reg_branch) in enumerate(zip(self.layers, reg_branches, strict=False)):
             level_boxes = reference[:, :, None] * ratios
-            sine = coordinate_to_encoding(level_boxes[:, :, 0], num_feats=self.embed_dims // 2)
-            query_pos = self.ref_point_head(sine)
-            inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, attn_mask)
+            query_pos = self.ref_point_head(encode_boxes(level_boxes[:, :, 0], self.embed_dims // 2))
+            inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, visible)
             query = run_layer(layer, i < self.num_cp, *inputs)
             refined = refine_boxes(reg_branch(query), reference)
             states.append(self.norm(query))
