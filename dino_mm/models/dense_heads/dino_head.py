@@ -115,9 +115,9 @@ class DINOHead(BaseModule):
             targets: Ground truth of the batch.
         """
         scores, boxes = self(hidden_states, references)
-        num_dn = scores.shape[2] - selection.content.shape[1]
-        dn_scores, dn_boxes = scores[:, :, :num_dn], boxes[:, :, :num_dn]
-        scores, boxes = scores[:, :, num_dn:], boxes[:, :, num_dn:]
+        num_queries = selection.content.shape[1]
+        sizes = [scores.shape[2] - num_queries, num_queries]
+        (dn_scores, scores), (dn_boxes, boxes) = scores.split(sizes, 2), boxes.split(sizes, 2)
         names = layer_names(len(scores))
         if selection.scores is not None and selection.boxes is not None:
             scores = torch.cat([scores, selection.scores.to(scores.dtype)[None]])

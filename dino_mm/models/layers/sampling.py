@@ -177,8 +177,9 @@ def image_grads(
     corners = find_corners(points, geometry)
     index, entries = matrix_entries(corners, scores)
     grad = grad.view(len(index), rows.shape[1])
-    grad_points, grad_scores = sample_grads(entry_grads(index, entries, rows, grad), corners, scores, geometry)
-    return transposed_product(index, entries, grad, len(rows)), grad_points, grad_scores
+    grad_rows = transposed_product(index, entries, grad, len(rows))
+    grad_entries = entry_grads(index, entries, rows, grad)  # overwrites the entries
+    return grad_rows, *sample_grads(grad_entries, corners, scores, geometry)
 
 
 def row_starts(index: Tensor) -> Tensor:
@@ -196,14 +197,15 @@ def transposed_product(index: Tensor, entries: Tensor, grad: Tensor, num_rows: i
 
 
 def entry_grads(index: Tensor, entries: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    """Dot products of the rows of ``grad`` and of values that meet in the matrix, (num_bags * 4 * bag_size,)."""
+    """Dot products of the rows of ``grad`` and of values that meet in the matrix, written over its ``entries``."""
     if len(rows) < index.shape[1]:
         # torch allows no more entries than the matrix has places; corners clamped to the pixels of tiny maps are more.
         rows = F.pad(rows, (0, 0, 0, index.shape[1] - len(rows)))
     shape = (len(index), len(rows))
     numbers = (row_starts(index), index.flatten(), entries.flatten())
     matrix = torch.sparse_csr_tensor(*numbers, shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(matrix, grad, rows.t(), beta=0.0).values()
+    torch.sparse.sampled_addmm(matrix, grad, rows.t(), beta=0.0, out=matrix)
+    return entries
 
 
 def sample_grads(grad_entries: Tensor, corners: Corners, weights: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

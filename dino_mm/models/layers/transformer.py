@@ -43,6 +43,15 @@ def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
     return layer(*args)
 
 
+def run_ffn(ffn: FFN, query: Tensor) -> Tensor:
+    """Apply ``ffn`` to ``query`` (bs, num_queries, dim) as rows.
+
+    Of rows, what a linear layer gives is not a view, so that mmcv's ReLU works in place without the four copies that
+    the gradient of a view takes that was written to.
+    """
+    return ffn(query.flatten(0, 1)).view_as(query)
+
+
 class DINOEncoderLayer(BaseModule):
     """Deformable self-attention over all levels, then a feed-forward network, each followed by LayerNorm."""
 
@@ -63,7 +72,7 @@ class DINOEncoderLayer(BaseModule):
     def forward(self, query: Tensor, reference: Tensor, tokens: Tokens) -> Tensor:
         """``query`` (bs, num_tokens, dim) sampled around ``reference`` (bs, num_tokens, num_levels, 2)."""
         query = self.self_attn(query, tokens.positions, query, reference, tokens.levels, tokens.padding_mask)
-        return self.norms[1](self.ffn(self.norms[0](query)))
+        return self.norms[1](run_ffn(self.ffn, self.norms[0](query)))
 
 
 @MODELS.register_module()
@@ -151,7 +160,7 @@ class DINODecoderLayer(BaseModule):
         """``query`` (bs, num_queries, dim) sampled around ``reference`` (bs, num_queries, num_levels, 4)."""
         query = self.norms[0](self.self_attn(query, query_pos, visible))
         query = self.cross_attn(query, query_pos, memory, reference, levels, padding_mask)
-        return self.norms[2](self.ffn(self.norms[1](query)))
+        return self.norms[2](run_ffn(self.ffn, self.norms[1](query)))
 
 
 @MODELS.register_module()
