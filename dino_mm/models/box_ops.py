@@ -20,17 +20,18 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Source: Rezatofighi et al., Generalized Intersection over Union, algorithm 1.
     """
-    # Coordinate by coordinate: reducing a last dimension of two is slow on every device.
-    left1, top1, right1, bottom1 = boxes1.unbind(-1)
-    left2, top2, right2, bottom2 = boxes2.unbind(-1)
-    width = torch.minimum(right1, right2) - torch.maximum(left1, left2)
-    height = torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)
-    intersection = width.clamp(min=0) * height.clamp(min=0)
-    union = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2) - intersection
-    hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
-    hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
-    hull = hull_width.clamp(min=0) * hull_height.clamp(min=0)
-    return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
+    # Coordinate by coordinate, in memory too: short or strided innermost loops are slow on every device. In place, as
+    # the pairs of all queries and objects are many.
+    left1, top1, right1, bottom1 = boxes1.movedim(-1, 0).contiguous()
+    left2, top2, right2, bottom2 = boxes2.movedim(-1, 0).contiguous()
+    width1, height1, width2, height2 = right1 - left1, bottom1 - top1, right2 - left2, bottom2 - top2
+    width = torch.minimum(right1, right2).sub_(torch.maximum(left1, left2))
+    height = torch.minimum(bottom1, bottom2).sub_(torch.maximum(top1, top2))
+    # What two intervals span together is the sum of their lengths less what they share, or plus the gap between them.
+    hull = (width1 + width2).sub_(width).mul_((height1 + height2).sub_(height)).add_(AREA_EPS)
+    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
+    union = (width1 * height1 + AREA_EPS + width2 * height2).sub_(intersection)
+    return intersection.div_(union).add_(union / hull).sub_(1)
 
 
 def box_logits(boxes: Tensor) -> Tensor:

@@ -83,9 +83,7 @@ def _background(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """
     p = logits.sigmoid()
     q = 1 - p
-    scratch = torch.maximum(p, q).log_()
-    penalty = logits.clamp(min=0).sub_(scratch)
-    modulation = torch.pow(p, gamma, out=scratch)
-    loss = torch.linalg.vecdot(modulation, penalty)
-    derivative = penalty.mul_(q).mul_(gamma).add_(p).mul_(modulation)
-    return loss, derivative
+    penalty = logits.clamp(min=0).sub_(torch.maximum(p, q).log_())
+    derivative = torch.addcmul(p, q, penalty, value=gamma, out=q)
+    modulation = p.pow_(gamma)
+    return penalty.mul_(modulation).sum(1), derivative.mul_(modulation)

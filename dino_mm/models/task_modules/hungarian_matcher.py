@@ -66,31 +66,35 @@ class HungarianMatcher:
             cost = self.cost(scores, boxes, targets).cpu().numpy()
             for layer in range(num_layers):
                 for image, count in enumerate(targets.counts):
-                    block = cost[layer, image, :, :count]
+                    block = cost[layer, image, :count]
                     if not np.isfinite(block).all():
                         _raise_not_finite(layer, image, targets, num_classes)
-                    queries, objects = linear_sum_assignment(block)
+                    objects, queries = linear_sum_assignment(block)
                     match[layer, image, objects] = queries
         return torch.from_numpy(match).to(boxes.device, non_blocking=True)
 
     def cost(self, scores: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """Weighted cost of each pair, (num_layers, bs, num_queries, num_gts); NaN for unusable annotations."""
-        labels = targets.labels[None, :, None].expand(*scores.shape[:3], -1)
+        """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
+
+        Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
+        """
+        # In place, one part after another: these are the only tensors that grow with boxes times queries.
+        target_boxes = targets.boxes.to(boxes)
+        corners, target_corners = bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes)
+        cost = generalized_iou(corners[..., None, :, :], target_corners[..., :, None, :]).mul_(-self.cost_giou)
+        cost.add_(torch.cdist(target_boxes.expand(len(boxes), -1, -1, -1), boxes, p=1), alpha=self.cost_bbox)
+        return cost.add_(self._focal_cost(scores, targets.labels), alpha=self.cost_class)
+
+    def _focal_cost(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """What the focal loss would be for an object of that label, less what it is for background."""
         # Only the columns of classes that occur are needed: gather first, then compute.
-        probability = scores.gather(-1, labels).sigmoid()
-        cost_class = self._focal(probability) - self._focal_background(probability)
-        cost_bbox = torch.cdist(boxes, targets.boxes.to(boxes).expand(len(boxes), -1, -1, -1), p=1)
-        cost_giou = -generalized_iou(
-            bbox_cxcywh_to_xyxy(boxes)[..., :, None, :],
-            bbox_cxcywh_to_xyxy(targets.boxes.to(boxes))[..., None, :, :],
-        )
-        return self.cost_class * cost_class + self.cost_bbox * cost_bbox + self.cost_giou * cost_giou
-
-    def _focal(self, probability: Tensor) -> Tensor:
-        return self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-8).log()
-
-    def _focal_background(self, probability: Tensor) -> Tensor:
-        return (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-8).log()
+        num_layers, _, num_queries, _ = scores.shape
+        columns = labels[None, :, :, None].expand(num_layers, -1, -1, num_queries)
+        p = scores.transpose(2, 3).gather(2, columns).sigmoid_()
+        q = 1 - p
+        cost = (p + 1e-8).log_().mul_(q**self.gamma).mul_(-self.alpha)
+        background = q.add_(1e-8).log_().mul_(p.pow_(self.gamma))
+        return cost.add_(background, alpha=1 - self.alpha)
 
 
 def _raise_not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> None:
