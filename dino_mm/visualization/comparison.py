@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 OURS_COLOUR, MMDET_COLOUR = '#1f77b4', '#ff7f0e'
 #: Bars of ratios above 1, where ours costs more.
@@ -67,9 +68,10 @@ def _plot_growth(panel: Axes, axis: str, results: Sequence[dict[str, Any]]) -> N
     panel.set_xlabel(f'{AXES[axis]} (log scale)')
     panel.set_xticks(positions, [result['label'] for result in results], fontsize=8)
     panel.set_xticks([], minor=True)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter('{x:g}')
-    panel.yaxis.set_minor_formatter('{x:g}')
-    panel.tick_params(axis='y', which='both', labelsize=8)
+    panel.set_yticks([], minor=True)
+    panel.tick_params(axis='y', labelsize=8)
     panel.set_ylabel('seconds (log scale)')
     panel.legend(fontsize=7, frameon=False, ncols=2)
     _finish(panel)

@@ -222,9 +222,11 @@ def test_training_step_and_inference(tmp_path: Path) -> None:
 def test_components_growth_and_picture(tmp_path: Path) -> None:
     out, picture = tmp_path / 'report.json', tmp_path / 'new' / 'growth.png'
     parts = ('denoising', 'matching-and-loss')
-    arguments = ('--component', *parts, '--sweep', 'boxes=2', '--out', out, '--picture', picture)
+    arguments = ('--component', *parts, '--sweep', 'boxes=8,2', '--out', out, '--picture', picture)
     python(TOOL, *RUN, *arguments, *options(TINY))
-    base, more = json.loads(out.read_text())['results']
+    base, again, more = json.loads(out.read_text())['results']
+    assert (again['axis'], again['position'], again['label']) == ('boxes', 8, '8')
+    assert again['measures'] == base['measures']  # not measured twice
     assert (base['axis'], more['axis'], more['position'], more['label']) == (None, 'boxes', 2, '2')
     assert (base['setting']['boxes'], more['setting']['boxes']) == (8, 2)
     for result in (base, more):
