@@ -243,4 +243,4 @@ def test_a_training_step_copies_to_the_host_once(tiny_cfg: Config, monkeypatch: 
         losses = model.loss(inputs, samples)
         sum(losses.values()).backward()
     assert waits.found == []
-    assert copies == [(3, 3, 12, 3)]  # layers and encoder, images, queries, objects of the fullest image
+    assert copies == [(3, 3, 3, 12)]  # layers and encoder, images, objects of the fullest image, queries
