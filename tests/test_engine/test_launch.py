@@ -1,5 +1,7 @@
 """How the command-line tools end."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed
@@ -9,8 +11,11 @@ from dino_mm.engine.launch import ends_cleanly
 
 
 @pytest.fixture
-def _group() -> None:
+def _group() -> Iterator[None]:
     torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures('_group')
@@ -26,4 +31,3 @@ def test_a_checkpoint_s_error_does_not_wait_for_other_processes(monkeypatch: pyt
     monkeypatch.setattr(torch.distributed, 'barrier', lambda: pytest.fail('waits'))
     with pytest.raises(SystemExit, match=r'^error: no such file$'), ends_cleanly():
         raise CheckpointError('no such file')
-    torch.distributed.destroy_process_group()
