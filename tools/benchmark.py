@@ -42,6 +42,8 @@ from dino_mm.engine.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, 
 from dino_mm.engine.profiling import LABEL_CHECK, Worker
 
 SIDES = ('ours', 'mmdet')
+#: Seconds before each timed run: OpenMP's threads of the other side still turn for a while after their last work.
+REST = 0.05
 DEFAULT_CONFIG = 'dino-resnet/dino_r50_4scale_12ep.py'
 #: Of configs that read the variable IMAGE_BACKEND, as all shipped ones do.
 IMAGE_BACKENDS = ('pillow', 'cv2')
@@ -155,6 +157,7 @@ def measure_work(work: str, workers: dict[str, Worker], repeats: int) -> Iterato
     for number in range(repeats):
         print(f'{name}: pair {number + 1} of {repeats}', file=sys.stderr)
         for side in SIDES:
+            time.sleep(REST)
             runs[side].append(workers[side]('time', work))
     passes = list(runs['ours'][0])
     whole = work in WHOLE

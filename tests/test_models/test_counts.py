@@ -16,20 +16,21 @@ from mmengine.registry import init_default_scope
 import dino_mm
 from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter
 from dino_mm.models import DINO
-from dino_mm.models.layers import sampling
+from dino_mm.models.layers import linear
 from dino_mm.registry import MODELS
 
 #: Operator calls for two images of one size, without padding. MMDetection's DINO makes 7,934 and 5,400, and has 299
 #: synchronisations, not counting label checks, with 8 boxes in each. Lower these with the code; do not raise them.
-FORWARD_CALLS, BACKWARD_CALLS = 3014, 3701
+FORWARD_CALLS, BACKWARD_CALLS = 2964, 3545
 #: The matching costs.
 WAITS = {'Tensor.cpu': 1}
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _sampling_in_operators() -> Iterator[None]:
-    """A GPU samples with one operator. In its place what a compiler sees, not the sparse product of a CPU."""
-    with mock.patch.object(sampling, 'is_compiling', return_value=True):
+def _operators_of_any_machine() -> Iterator[None]:
+    """What a compiler sees, not a CPU's linear layers as convolutions; in place of the one operator with which a GPU
+    samples, mmcv's PyTorch code, not the sparse product of a CPU."""
+    with mock.patch.object(linear, 'is_compiling', return_value=True):
         yield
 
 

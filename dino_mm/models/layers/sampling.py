@@ -14,12 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..structures import FeatureLevels
+from .linear import is_looked_into
 
 #: Images that mmcv's CUDA op takes at once; its default.
 IM2COL_STEP = 64
-
-#: Its public place since torch 2.3, or the one before.
-is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 # torch warns once per process that its CSR layout is in beta, which no user can act on: the warning is spent here.
 with warnings.catch_warnings():
@@ -46,9 +44,8 @@ def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Fea
         return MultiScaleDeformableAttnFunction.apply(
             value, levels.shape_tensor, levels.start_index, locations, weights, IM2COL_STEP
         )
-    looked_into = is_compiling() or torch.jit.is_tracing()
     plain = value.device.type == 'cpu' and value.dtype in (torch.float32, torch.float64)
-    if looked_into or not plain:
+    if is_looked_into() or not plain:
         return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
     return SparseSampling.apply(value, locations, weights, levels.shapes)
 
@@ -59,10 +56,14 @@ class Geometry(NamedTuple):
     sizes: Tensor
     """(2, 1, num_samples), (width, height) of each sample's level, in the precision of the locations."""
     half_sizes: Tensor
+    minus_half: Tensor
+    """() a number."""
+    first: Tensor
+    """() 0, the first pixel."""
     last: Tensor
-    """Same shape: the last pixel, ``sizes - 1``."""
+    """(2, 1, 1, num_samples), the last one, ``sizes - 1``."""
     strides: Tensor
-    """(2, 1, num_samples) int32, from a pixel's value to that of its right and of its lower neighbour."""
+    """(2, 1, 1, num_samples) int32, from a pixel's value to that of its right and of its lower neighbour."""
     start: Tensor
     """(num_samples,) int32, the first value of each sample's level and head."""
 
@@ -126,10 +127,18 @@ def make_geometry(locations: Tensor, shapes: tuple[tuple[int, int], ...]) -> Geo
 
     height, width = np.array(shapes).T
     sizes = torch.from_numpy(per_sample(np.stack([width, height]))[:, None]).to(locations)
-    strides = per_sample(np.stack([np.ones_like(width), width]))[:, None] * num_heads
+    strides = per_sample(np.stack([np.ones_like(width), width]))[:, None, None] * num_heads
     heads = np.arange(num_heads).repeat(num_levels * num_points)
     start = per_sample(np.cumsum(height * width) - height * width) * num_heads + heads
-    return Geometry(sizes, sizes / 2, sizes - 1, *(torch.from_numpy(x.astype(np.int32)) for x in (strides, start)))
+    return Geometry(
+        sizes,
+        half_sizes=sizes / 2,
+        minus_half=sizes.new_full((), -0.5),
+        first=sizes.new_zeros(()),
+        last=(sizes - 1)[:, None],
+        strides=torch.from_numpy(strides.astype(np.int32)),
+        start=torch.from_numpy(start.astype(np.int32)),
+    )
 
 
 def find_corners(locations: Tensor, geometry: Geometry) -> Corners:
@@ -139,16 +148,15 @@ def find_corners(locations: Tensor, geometry: Geometry) -> Corners:
     planes = locations.reshape(num_queries, num_heads * num_levels * num_points, 2).movedim(-1, 0).contiguous()
     # The arithmetic of F.grid_sample to the last rounding, hence addcmul: a location's gradient jumps where a pixel's
     # centre is, and there most samples of a new model are.
-    minus_half = planes.new_full((), -0.5)
-    position = torch.addcmul(minus_half, planes.mul(2).sub_(1).add_(1), geometry.half_sizes)
+    position = torch.addcmul(geometry.minus_half, planes.mul(2).sub_(1).add_(1), geometry.half_sizes)
     lower = position.floor()
     share = position.sub_(lower)
     # A sample that is nowhere (NaN) reads some pixel as well; its share remains NaN, and so will the output.
     pixel = torch.stack([lower, lower + 1], 1).nan_to_num_()
-    clamped = pixel.clamp(torch.zeros_like(geometry.last), geometry.last[:, None])
+    clamped = pixel.clamp(geometry.first, geometry.last)
     inside = pixel.eq_(clamped)
 
-    place = clamped.int().mul_(geometry.strides[:, None])
+    place = clamped.int().mul_(geometry.strides)
     place[1].add_(geometry.start)
     corners = (place, torch.stack([1 - share, share], 1).mul_(inside), inside)
     return Corners(*(x.view(2, 2, num_queries * num_heads, num_levels * num_points) for x in corners))

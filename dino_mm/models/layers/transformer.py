@@ -14,6 +14,7 @@ from dino_mm.registry import MODELS
 from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
+from .linear import run_ffn, use_fast_linear
 
 
 def init_transformer(module: nn.Module) -> None:
@@ -41,15 +42,6 @@ def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
-
-
-def run_ffn(ffn: FFN, query: Tensor) -> Tensor:
-    """Apply ``ffn`` to ``query`` (bs, num_queries, dim) as rows.
-
-    Of rows, what a linear layer gives is not a view, so that mmcv's ReLU works in place without the four copies that
-    the gradient of a view takes that was written to.
-    """
-    return ffn(query.flatten(0, 1)).view_as(query)
 
 
 class DINOEncoderLayer(BaseModule):
@@ -114,6 +106,7 @@ class DINOEncoder(BaseModule):
             DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
         )
+        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""
@@ -196,6 +189,7 @@ class DINODecoder(BaseModule):
         )
         self.ref_point_head = MLP(embed_dims * 2, embed_dims, embed_dims, 2)
         self.norm = nn.LayerNorm(embed_dims)
+        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""

@@ -51,20 +51,20 @@ class _SigmoidFocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
         num_classes = logits.shape[1]
-        is_object = (labels < num_classes).to(logits.dtype)[:, None]
         column = labels.clamp(max=num_classes - 1)[:, None]
         entry = logits.gather(1, column)
 
         # An entry of background costs (1 - alpha) p^gamma softplus(x); what holds for x and background holds for -x
         # and an object.
         loss, gradient = _background(logits, gamma)
-        wrong, wrong_gradient = _background(entry, gamma)
-        right, right_gradient = _background(-entry, gamma)
-        is_object = is_object[:, 0]
-        total = (1 - alpha) * loss + (alpha * right - (1 - alpha) * wrong) * is_object
-        gradient *= 1 - alpha
-        correction = alpha * right_gradient + (1 - alpha) * wrong_gradient
-        gradient.scatter_add_(1, column, -correction * is_object[:, None])
+        (wrong, right), (wrong_gradient, right_gradient) = (
+            x.unbind(1) for x in _background(torch.cat([entry, -entry], 1), gamma)
+        )
+        is_object = labels < num_classes
+        correction = (alpha * right - (1 - alpha) * wrong) * is_object
+        total = torch.add(correction, loss.sum(1), alpha=1 - alpha)
+        gradient_correction = (alpha * right_gradient + (1 - alpha) * wrong_gradient) * is_object
+        gradient.mul_(1 - alpha).scatter_add_(1, column, -gradient_correction[:, None])
         ctx.save_for_backward(gradient)
         return total
 
@@ -76,7 +76,7 @@ class _SigmoidFocal(torch.autograd.Function):
 
 
 def _background(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``p^gamma softplus(x)``, p = sigmoid(x), summed over the classes, and its derivative for each of them.
+    """``p^gamma softplus(x)``, p = sigmoid(x), and its derivative.
 
     softplus(x) is ``relu(x) - log(max(p, 1 - p))``: not torch's own, which a CPU evaluates number by number. Where its
     rounding shows, p is small, and p^gamma takes it away. In place, for these are the largest tensors of the losses.
@@ -86,4 +86,4 @@ def _background(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     penalty = logits.clamp(min=0).sub_(torch.maximum(p, q).log_())
     derivative = torch.addcmul(p, q, penalty, value=gamma, out=q)
     modulation = p.pow_(gamma)
-    return penalty.mul_(modulation).sum(1), derivative.mul_(modulation)
+    return penalty.mul_(modulation), derivative.mul_(modulation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dino_mm.registry import TASK_UTILS
 
-from ..box_ops import generalized_iou
+from ..box_ops import generalized_iou, l1_distance
 from ..structures import Targets, describe_unusable_targets
 
 
@@ -66,10 +66,10 @@ class HungarianMatcher:
             cost = self.cost(scores, boxes, targets).cpu().numpy()
             for layer in range(num_layers):
                 for image, count in enumerate(targets.counts):
-                    block = cost[layer, image, :count]
-                    if not np.isfinite(block).all():
-                        _raise_not_finite(layer, image, targets, num_classes)
-                    objects, queries = linear_sum_assignment(block)
+                    try:
+                        objects, queries = linear_sum_assignment(cost[layer, image, :count])
+                    except ValueError:  # not finite
+                        raise _not_finite(layer, image, targets, num_classes) from None
                     match[layer, image, objects] = queries
         return torch.from_numpy(match).to(boxes.device, non_blocking=True)
 
@@ -79,30 +79,29 @@ class HungarianMatcher:
         Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
         # In place, one part after another: these are the only tensors that grow with boxes times queries.
-        target_boxes = targets.boxes.to(boxes)
-        corners, target_corners = bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes)
-        cost = generalized_iou(corners[..., None, :, :], target_corners[..., :, None, :]).mul_(-self.cost_giou)
-        cost.add_(torch.cdist(target_boxes.expand(len(boxes), -1, -1, -1), boxes, p=1), alpha=self.cost_bbox)
+        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[..., :, None, :]
+        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox)
+        overlap = generalized_iou(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes))
+        cost.sub_(overlap, alpha=self.cost_giou)
         return cost.add_(self._focal_cost(scores, targets.labels), alpha=self.cost_class)
 
     def _focal_cost(self, scores: Tensor, labels: Tensor) -> Tensor:
         """What the focal loss would be for an object of that label, less what it is for background."""
         # Only the columns of classes that occur are needed: gather first, then compute.
-        num_layers, _, num_queries, _ = scores.shape
-        columns = labels[None, :, :, None].expand(num_layers, -1, -1, num_queries)
-        p = scores.transpose(2, 3).gather(2, columns).sigmoid_()
+        images = torch.arange(len(labels), device=labels.device)[:, None]
+        p = scores.transpose(2, 3)[:, images, labels].sigmoid_()
         q = 1 - p
         cost = (p + 1e-8).log_().mul_(q**self.gamma).mul_(-self.alpha)
         background = q.add_(1e-8).log_().mul_(p.pow_(self.gamma))
         return cost.add_(background, alpha=1 - self.alpha)
 
 
-def _raise_not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> None:
-    """Say which input is at fault, the annotations or the predictions."""
+def _not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> ArithmeticError | ValueError:
+    """The error that says which input is at fault, the annotations or the predictions."""
     unusable = describe_unusable_targets(targets, num_classes)
     if unusable is not None:
-        raise ValueError(unusable)
-    raise FloatingPointError(
+        return ValueError(unusable)
+    return FloatingPointError(
         f'The predictions of layer {layer} for image {image} of the batch are not finite: training has diverged. '
         'Lower the learning rate, check `clip_grad` and the inputs; under AMP try bfloat16.'
     )
