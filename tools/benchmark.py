@@ -158,6 +158,8 @@ def measure_work(work: str, workers: dict[str, Worker], repeats: int) -> Iterato
         print(f'{name}: pair {number + 1} of {repeats}', file=sys.stderr)
         for side in SIDES:
             time.sleep(REST)
+            if work not in WHOLE:
+                workers[side]('time', work)  # wakes its threads, which would be much of a short time
             runs[side].append(workers[side]('time', work))
     passes = list(runs['ours'][0])
     whole = work in WHOLE

@@ -73,7 +73,7 @@ def _plot_growth(panel: Axes, axis: str, results: Sequence[dict[str, Any]]) -> N
     panel.set_yticks([], minor=True)
     panel.tick_params(axis='y', labelsize=8)
     panel.set_ylabel('seconds (log scale)')
-    panel.legend(fontsize=7, frameon=False, ncols=2)
+    panel.legend(fontsize=7, frameon=False, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))  # above all lines
     _finish(panel)
 
 

@@ -78,22 +78,23 @@ class HungarianMatcher:
 
         Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
-        # In place, one part after another: these are the only tensors that grow with boxes times queries.
+        # In place, one part after another, from the one that takes the most: these are the only tensors that grow with
+        # boxes times queries.
         boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[..., :, None, :]
-        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox)
         overlap = generalized_iou(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes))
-        cost.sub_(overlap, alpha=self.cost_giou)
-        return cost.add_(self._focal_cost(scores, targets.labels), alpha=self.cost_class)
+        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(overlap, alpha=self.cost_giou)
+        del overlap
+        return self._add_focal_cost(cost, scores, targets.labels)
 
-    def _focal_cost(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """What the focal loss would be for an object of that label, less what it is for background."""
+    def _add_focal_cost(self, cost: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """Add what the focal loss would be for an object of that label, less what it is for background."""
         # Only the columns of classes that occur are needed: gather first, then compute.
         images = torch.arange(len(labels), device=labels.device)[:, None]
         p = scores.transpose(2, 3)[:, images, labels].sigmoid_()
         q = 1 - p
-        cost = (p + 1e-8).log_().mul_(q**self.gamma).mul_(-self.alpha)
-        background = q.add_(1e-8).log_().mul_(p.pow_(self.gamma))
-        return cost.add_(background, alpha=1 - self.alpha)
+        p_modulation, q_modulation = p**self.gamma, q**self.gamma
+        cost.addcmul_(p.add_(1e-8).log_(), q_modulation, value=-self.alpha * self.cost_class)
+        return cost.addcmul_(q.add_(1e-8).log_(), p_modulation, value=(1 - self.alpha) * self.cost_class)
 
 
 def _not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> ArithmeticError | ValueError:
