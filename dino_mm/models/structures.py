@@ -77,6 +77,15 @@ class DecoderStates(NamedTuple):
     """num_layers + 1 boxes (bs, num_queries, 4), cxcywh in [0, 1]: the initial ones, then each layer's."""
 
 
+class Predictions(NamedTuple):
+    """What the branches predict, in one or more layers; float32 or wider."""
+
+    scores: Tensor
+    """(num_layers, bs, num_queries, num_classes) logits."""
+    boxes: Tensor
+    """(num_layers, bs, num_queries, 4), cxcywh in [0, 1] of the image without padding."""
+
+
 class Targets(NamedTuple):
     """Ground truth of a batch, padded to the largest image, at least to one slot."""
 

@@ -1,5 +1,6 @@
 """Matching and losses of all layers and images at once equal plain ones, gradients included; memory is bounded."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -17,7 +18,7 @@ from dino_mm.models.layers.denoising import CDNGenerator
 from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import SetCriterion
-from dino_mm.models.structures import collate_targets
+from dino_mm.models.structures import Predictions, collate_targets
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
 NUM_CLASSES, SIDE = 6, 200
@@ -117,37 +118,55 @@ def add_up(parts: list[Losses]) -> Losses:
     return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
-def assert_equal(ours: Losses, plain: list[Losses], divisor: int, leaves: tuple[Tensor, Tensor]) -> None:
-    """Values of every layer, and gradients of a sum in which each loss of each layer has a weight of its own."""
-    weights = {
-        name: torch.linspace(0.5, 2, len(loss), dtype=torch.float64) + i for i, (name, loss) in enumerate(ours.items())
-    }
-    expected = {name: torch.stack([layer[name] for layer in plain]) / divisor for name in ours}
-    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    grads, expected_grads = (
-        torch.autograd.grad(sum((losses[name] * weights[name]).sum() for name in ours), leaves)
-        for losses in (ours, expected)
+def weigh(parts: Sequence[Losses]) -> Tensor:
+    """A sum in which each loss of each layer has a weight of its own."""
+    losses = [loss for part in parts for loss in part.values()]
+    return sum(
+        (loss * (torch.linspace(0.5, 2, len(loss), dtype=torch.float64) + i)).sum() for i, loss in enumerate(losses)
     )
+
+
+def stack(layers: list[Losses], divisor: int) -> Losses:
+    return {name: torch.stack([layer[name] for layer in layers]) / divisor for name in layers[0]}
+
+
+@pytest.mark.parametrize('num_groups', [0, 1, 20])
+@pytest.mark.parametrize('num_queries', [1, 40, 350])
+@pytest.mark.parametrize('counts', [[1], [0, 1], [5, 0, 3], [300, 2]])
+def test_losses_and_gradients(counts: list[int], num_queries: int, num_groups: int) -> None:
+    """Of two decoder layers with denoising queries, and of the encoder."""
+    samples, num_dn, bs = make_samples(counts), num_groups * 2 * max(counts), len(counts)
+    decoder = scores, boxes = make_predictions(2, bs, num_dn + num_queries)
+    encoder = make_predictions(1, bs, num_queries)
+    targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
+    ours = criterion(Predictions(*decoder), Predictions(*encoder), targets, num_groups)
+
+    matched = plain_matched(scores[:, :, num_dn:], boxes[:, :, num_dn:], samples) + plain_matched(*encoder, samples)
+    expected = [stack(matched, max(sum(counts), 1))]
+    if num_groups:
+        denoised = plain_denoised(scores[:, :, :num_dn], boxes[:, :, :num_dn], samples, num_groups)
+        expected.append(stack(denoised, sum(counts) * num_groups))
+    else:
+        expected.append({name: torch.zeros(2, dtype=torch.float64) for name in ours[1]})
+    torch.testing.assert_close(list(ours), expected, rtol=1e-9, atol=1e-9)
+    grads, expected_grads = (torch.autograd.grad(weigh(losses), [*decoder, *encoder]) for losses in (ours, expected))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('num_queries', [1, 40, 350])
-@pytest.mark.parametrize('counts', [[1], [0, 1], [0, 0], [5, 0, 3], [300, 2]])
-def test_matched_losses(counts: list[int], num_queries: int) -> None:
-    samples, (scores, boxes) = make_samples(counts), make_predictions(3, len(counts), num_queries)
-    targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
-    ours = criterion.matched(scores, boxes, targets, criterion.num_boxes(targets, scores))
-    assert_equal(ours, plain_matched(scores, boxes, samples), max(sum(counts), 1), (scores, boxes))
-
-
-@pytest.mark.parametrize(('counts', 'num_groups'), [([1], 100), ([0, 1], 3), ([5, 0, 3], 20), ([300, 2], 1)])
-def test_denoising_losses(counts: list[int], num_groups: int) -> None:
-    samples = make_samples(counts)
-    scores, boxes = make_predictions(3, len(counts), num_groups * 2 * max(counts))
-    targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
-    ours = criterion.denoised(scores, boxes, targets, criterion.num_boxes(targets, scores), num_groups)
-    plain = plain_denoised(scores, boxes, samples, num_groups)
-    assert_equal(ours, plain, sum(counts) * num_groups, (scores, boxes))
+def test_losses_and_gradients_without_objects_and_without_encoder() -> None:
+    """Only the background of the matching queries costs, and every prediction has a gradient."""
+    samples, predictions = make_samples([0, 0]), make_predictions(3, 2, 40)
+    criterion = make_criterion()
+    losses, dn_losses = criterion(Predictions(*predictions), None, collate_targets(samples, NUM_CLASSES), 0)
+    expected = stack(plain_matched(*predictions, samples), 1)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    assert all(torch.equal(part[name], zeros) for part, name in [(losses, 'loss_bbox'), (losses, 'loss_iou')])
+    assert {name: loss.tolist() for name, loss in dn_losses.items()} == {name: [0, 0, 0] for name in losses}
+    grads = torch.autograd.grad(weigh([losses, dn_losses]), predictions)
+    (score_grad,) = torch.autograd.grad(weigh([expected]), predictions[:1])
+    torch.testing.assert_close(grads[0], score_grad, rtol=1e-9, atol=1e-9)
+    assert torch.equal(grads[1], torch.zeros_like(grads[1]))
 
 
 class NewBytes(TorchDispatchMode):
@@ -170,7 +189,7 @@ def loss_bytes(num_boxes: int, num_queries: int) -> int:
     samples, (scores, boxes) = make_samples([num_boxes] * 2), make_predictions(2, 2, num_queries)
     targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
     with NewBytes() as new:
-        losses = criterion.matched(scores, boxes, targets, criterion.num_boxes(targets, scores))
+        losses, _ = criterion(Predictions(scores, boxes), None, targets, 0)
         sum(loss.sum() for loss in losses.values()).backward()
     return new.total
 

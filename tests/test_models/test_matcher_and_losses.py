@@ -16,7 +16,7 @@ from dino_mm.models.box_ops import generalized_iou
 from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import SetCriterion
-from dino_mm.models.structures import collate_targets
+from dino_mm.models.structures import Predictions, collate_targets
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
 NUM_CLASSES, SIZE = 4, (80, 100)
@@ -103,8 +103,8 @@ def test_matching_and_losses_equal_naive_loops(counts, num_queries, seed):
     samples, scores, boxes = make_batch(counts, num_queries, seed=seed)
     targets = collate_targets(samples, NUM_CLASSES)
     criterion = make_criterion()
-    match = criterion.matcher(scores, boxes, targets)
-    losses = criterion.matched(scores, boxes, targets, criterion.num_boxes(targets, scores))
+    match = criterion.matcher([scores], boxes, targets)
+    losses, _ = criterion(Predictions(scores, boxes), None, targets, 0)
     num_boxes = max(1, sum(counts))
     for layer in range(len(scores)):
         expected = {'loss_cls': 0.0, 'loss_bbox': 0.0, 'loss_iou': 0.0}
@@ -126,7 +126,7 @@ def test_matching_and_losses_equal_naive_loops(counts, num_queries, seed):
 
 
 def test_denoising_queries_may_have_a_classification_loss_of_their_own():
-    samples, scores, boxes = make_batch([2, 1], 12)
+    samples, scores, boxes = make_batch([2, 1], 12 + 5)
     targets = collate_targets(samples, NUM_CLASSES)
     both = make_criterion()
     own = SetCriterion(
@@ -137,25 +137,23 @@ def test_denoising_queries_may_have_a_classification_loss_of_their_own():
         both.matcher,
         loss_dn_cls=FocalLoss(gamma=2.0, alpha=0.25, loss_weight=3.0),
     )
-    num_boxes = both.num_boxes(targets, scores)
-    matched, expected = (c.matched(scores, boxes, targets, num_boxes) for c in (own, both))
-    torch.testing.assert_close(matched, expected)
-    denoised, expected = (c.denoised(scores, boxes, targets, num_boxes, num_groups=3) for c in (own, both))
-    torch.testing.assert_close(denoised, {**expected, 'loss_cls': expected['loss_cls'] * 2})
+    (matched, denoised), expected = (c(Predictions(scores, boxes), None, targets, 3) for c in (own, both))
+    torch.testing.assert_close(matched, expected[0])
+    torch.testing.assert_close(denoised, {**expected[1], 'loss_cls': expected[1]['loss_cls'] * 2})
 
 
 @pytest.mark.parametrize('counts', [[2, 3], [0, 2], [1, 1]])
 def test_denoising_losses_equal_naive_loops(counts):
     groups, slots = 3, max(counts)
-    samples, scores, boxes = make_batch(counts, groups * 2 * slots)
+    num_dn = groups * 2 * slots
+    samples, scores, boxes = make_batch(counts, num_dn + 4)
     targets = collate_targets(samples, NUM_CLASSES)
-    criterion = make_criterion()
-    losses = criterion.denoised(scores, boxes, targets, criterion.num_boxes(targets, scores), groups)
+    _, losses = make_criterion()(Predictions(scores, boxes), None, targets, groups)
     num_boxes = sum(counts) * groups
     for layer in range(len(scores)):
         expected = {'loss_cls': 0.0, 'loss_bbox': 0.0, 'loss_iou': 0.0}
         for image, sample in enumerate(samples):
-            for q in range(scores.shape[2]):
+            for q in range(num_dn):
                 half, slot = divmod(q, slots)
                 positive = half % 2 == 0 and slot < counts[image]
                 label = int(sample.gt_instances.labels[slot]) if positive else None
@@ -167,18 +165,6 @@ def test_denoising_losses_equal_naive_loops(counts):
                     expected['loss_bbox'] += 5 * distance / num_boxes
                     expected['loss_iou'] += 2 * (1 - naive_giou(box, target)) / num_boxes
         assert {k: v[layer].item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-9)
-
-
-def test_denoising_losses_without_objects_are_zero_and_connected():
-    samples, scores, boxes = make_batch([0, 0], 5)
-    scores.requires_grad_()
-    targets = collate_targets(samples, NUM_CLASSES)
-    losses = make_criterion().denoised(scores[:, :, :0], boxes[:, :, :0], targets, torch.tensor(1.0), 0)
-    assert {k: v.tolist() for k, v in losses.items()} == {
-        name: [0, 0] for name in ('loss_cls', 'loss_bbox', 'loss_iou')
-    }
-    sum(v.sum() for v in losses.values()).backward()
-    assert torch.equal(scores.grad, torch.zeros_like(scores))
 
 
 def test_giou_of_known_boxes():
@@ -203,7 +189,7 @@ def test_unusable_ground_truth_names_image_and_box(box, label, fault):
     samples[1].gt_instances.bboxes[0] = torch.tensor(box)
     samples[1].gt_instances.labels[0] = label
     with pytest.raises(ValueError, match='Unusable ground truth') as error:
-        HungarianMatcher()(scores, boxes, collate_targets(samples, NUM_CLASSES))
+        HungarianMatcher()([scores], boxes, collate_targets(samples, NUM_CLASSES))
     assert 'image id 7 (a/b.jpg): ground truth 0' in str(error.value)
     assert fault in str(error.value)
     assert str(error.value).count('ground truth 0') == 1
@@ -213,7 +199,7 @@ def test_predictions_that_are_not_finite_are_named():
     samples, scores, boxes = make_batch([2, 1], 5)
     boxes[1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match='layer 1 for image 0'):
-        HungarianMatcher()(scores, boxes, collate_targets(samples, NUM_CLASSES))
+        HungarianMatcher()([scores], boxes, collate_targets(samples, NUM_CLASSES))
 
 
 @pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])

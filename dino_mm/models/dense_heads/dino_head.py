@@ -16,7 +16,7 @@ from dino_mm.registry import MODELS
 
 from ..box_ops import refine_boxes
 from ..losses.set_criterion import SetCriterion
-from ..structures import QuerySelection, Targets
+from ..structures import Predictions, QuerySelection, Targets
 
 
 @MODELS.register_module()
@@ -114,20 +114,15 @@ class DINOHead(BaseModule):
             num_dn_groups: Denoising groups, 0 in a batch without objects; None without denoising.
             targets: Ground truth of the batch.
         """
-        scores, boxes = self(hidden_states, references)
-        num_queries = selection.content.shape[1]
-        sizes = [scores.shape[2] - num_queries, num_queries]
-        (dn_scores, scores), (dn_boxes, boxes) = scores.split(sizes, 2), boxes.split(sizes, 2)
-        names = layer_names(len(scores))
+        decoder, encoder = Predictions(*self(hidden_states, references)), None
         if selection.scores is not None and selection.boxes is not None:
-            scores = torch.cat([scores, selection.scores.to(scores.dtype)[None]])
-            boxes = torch.cat([boxes, selection.boxes[None]])
-        num_boxes = self.criterion.num_boxes(targets, scores)
-        losses = name_losses(self.criterion.matched(scores, boxes, targets, num_boxes), [*names, 'enc_'])
+            encoder = Predictions(selection.scores.to(decoder.scores.dtype)[None], selection.boxes[None])
+        losses, dn_losses = self.criterion(decoder, encoder, targets, num_dn_groups or 0)
+        names = layer_names(len(decoder.scores))
+        named = name_losses(losses, [*names, 'enc_'])
         if num_dn_groups is not None:
-            dn_losses = self.criterion.denoised(dn_scores, dn_boxes, targets, num_boxes, num_dn_groups)
-            losses |= name_losses(dn_losses, [f'{name}dn_' for name in names])
-        return losses
+            named |= name_losses(dn_losses, [f'{name}dn_' for name in names])
+        return named
 
     def predict(
         self,

@@ -1,11 +1,11 @@
-"""DINO's losses, each computed in one pass over all layers."""
+"""DINO's losses, each computed in one pass over all layers, matching and denoising queries together."""
 
 import torch
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from ..structures import Targets
+from ..structures import Predictions, Targets
 from ..task_modules.hungarian_matcher import HungarianMatcher
 
 LayerLosses = dict[str, Tensor]
@@ -13,7 +13,7 @@ LayerLosses = dict[str, Tensor]
 
 
 class SetCriterion(nn.Module):
-    """Classification, L1 and GIoU losses of matched queries and of denoising queries.
+    """Classification, L1 and GIoU losses of matching queries and of denoising queries.
 
     Sums over queries and images are divided by the number of objects of the batch, averaged over the processes.
     The loss modules are mmdet's interface with ``reduction_override='none'``: boxes reach ``loss_bbox`` as cxcywh and
@@ -42,80 +42,99 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.loss_cls = loss_cls
-        self.loss_dn_cls = loss_dn_cls or loss_cls
+        self.loss_dn_cls = loss_dn_cls
         self.loss_bbox = loss_bbox
         self.loss_iou = loss_iou
         self.matcher = matcher
 
-    def num_boxes(self, targets: Targets, like: Tensor) -> Tensor:
-        """Objects of the batch, averaged over the processes, at least 1: what all losses are divided by."""
-        return reduce_mean(like.new_tensor(targets.total)).clamp(min=1)
+    def forward(
+        self, decoder: Predictions, encoder: Predictions | None, targets: Targets, num_dn_groups: int
+    ) -> tuple[LayerLosses, LayerLosses]:
+        """Losses of the matching queries of all layers, the encoder last, and of the decoder's denoising queries.
 
-    def matched(self, scores: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor) -> LayerLosses:
-        """Losses of the queries that the matcher pairs with objects.
-
-        Args:
-            scores: (num_layers, bs, num_queries, num_classes) logits.
-            boxes: (num_layers, bs, num_queries, 4) cxcywh in [0, 1].
-            targets: Ground truth of the batch.
-            num_boxes: See :meth:`num_boxes`.
-        """
-        num_queries = scores.shape[2]
-        match = self.matcher(scores, boxes, targets)
-        paired = match < num_queries
-        # One more column takes the label of every slot without partner, then goes.
-        labels = match.new_full((*scores.shape[:2], num_queries + 1), self.num_classes)
-        labels = labels.scatter(2, match, targets.labels.expand_as(match))[..., :-1]
-        index = match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4)
-        boxes = boxes.gather(2, index)
-        return self._losses(self.loss_cls, scores, labels, boxes, targets.boxes, paired, num_boxes)
-
-    def denoised(
-        self, scores: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor, num_groups: int
-    ) -> LayerLosses:
-        """Losses of the denoising queries: positives restore their object, all others are background.
+        A matching query restores the object that the matcher pairs it with, a positive denoising query the one that it
+        was made from; all others are background.
 
         Args:
-            scores: (num_layers, bs, num_dn, num_classes) logits.
-            boxes: (num_layers, bs, num_dn, 4) cxcywh in [0, 1].
+            decoder: Predictions of all decoder layers, the ``num_dn_groups * 2 * num_gts`` denoising queries first.
+            encoder: Predictions of the selected tokens, as one layer; None where the encoder selects none.
             targets: Ground truth of the batch.
-            num_boxes: See :meth:`num_boxes`; every group restores all objects.
-            num_groups: Number of denoising groups; 0 gives losses of 0 that every parameter still takes part in.
+            num_dn_groups: Groups of denoising queries; without any, their losses are 0.
         """
-        if num_groups == 0:
-            zero = scores.flatten(1).sum(1) + boxes.flatten(1).sum(1)
-            return {'loss_cls': zero, 'loss_bbox': zero, 'loss_iou': zero}
-        num_layers, bs = scores.shape[:2]
-        positives = boxes.view(num_layers, bs, num_groups, 2, -1, 4)[:, :, :, 0]
-        paired = targets.mask[None, :, None].expand(positives.shape[:-1])
-        restored = torch.where(targets.mask, targets.labels, self.num_classes)
-        labels = torch.stack([restored, torch.full_like(restored, self.num_classes)], 1)
-        labels = labels[None, :, None].expand(num_layers, -1, num_groups, -1, -1)
-        boxes, num_boxes = targets.boxes[:, None], num_boxes * num_groups
-        return self._losses(self.loss_dn_cls, scores, labels, positives, boxes, paired, num_boxes)
+        num_layers, num_dn = len(decoder.scores), num_dn_groups * 2 * targets.boxes.shape[1]
+        matching = [Predictions(decoder.scores[:, :, num_dn:], decoder.boxes[:, :, num_dn:])]
+        matching += [] if encoder is None else [encoder]
+        boxes = torch.cat([layers.boxes for layers in matching])
+        match = self.matcher([layers.scores for layers in matching], boxes, targets)
 
-    def _losses(
-        self,
-        loss_cls: nn.Module,
-        scores: Tensor,
-        labels: Tensor,
-        boxes: Tensor,
-        target_boxes: Tensor,
-        paired: Tensor,
-        num_boxes: Tensor,
-    ) -> LayerLosses:
-        """Sum each loss over everything but layers; ``boxes`` (num_layers, ..., 4) count where ``paired``."""
-        target_boxes = target_boxes.to(boxes).expand_as(boxes)
-        classified = loss_cls(scores.reshape(-1, self.num_classes), labels.reshape(-1), reduction_override='none')
-        loss_bbox = self.loss_bbox(boxes, target_boxes, reduction_override='none')
-        loss_iou = self.loss_iou(
-            bbox_cxcywh_to_xyxy(boxes).flatten(0, -2),
-            bbox_cxcywh_to_xyxy(target_boxes).flatten(0, -2),
-            reduction_override='none',
+        labels = self._labels(match, boxes.shape[2], targets, num_dn_groups)
+        loss_cls, dn_loss_cls = self._class_losses(decoder.scores, labels[:num_layers], num_dn)
+        if encoder is not None:
+            encoder_loss = _classify(self.loss_cls, encoder.scores, labels[num_layers:, :, num_dn:])
+            loss_cls = torch.cat([loss_cls, encoder_loss.flatten(1).sum(1)])
+        positives = _positives(decoder.boxes[:, :, :num_dn], targets, num_dn_groups)
+        box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets)
+
+        num_boxes = reduce_mean(boxes.new_tensor(targets.total)).clamp(min=1)
+        return (
+            _name(loss_cls, box_losses, num_boxes),
+            _name(dn_loss_cls, dn_box_losses, num_boxes * max(num_dn_groups, 1)),  # every group restores all objects
         )
-        num_layers = len(scores)
-        return {
-            'loss_cls': classified.view(num_layers, -1).sum(1) / num_boxes,
-            'loss_bbox': (loss_bbox * paired[..., None]).flatten(1).sum(1) / num_boxes,
-            'loss_iou': (loss_iou.view(paired.shape) * paired).flatten(1).sum(1) / num_boxes,
-        }
+
+    def _labels(self, match: Tensor, num_queries: int, targets: Targets, num_dn_groups: int) -> Tensor:
+        """Class that each query should predict, (num_layers, bs, num_dn + num_queries)."""
+        num_layers, bs, num_gts = match.shape
+        num_dn = num_dn_groups * 2 * num_gts
+        # One more column takes the label of every slot without partner, then goes.
+        labels = match.new_full((num_layers, bs, num_dn + num_queries + 1), self.num_classes)
+        labels.scatter_(2, match + num_dn, targets.labels.expand_as(match))
+        restored = torch.where(targets.mask, targets.labels, self.num_classes)
+        _positives(labels[..., :num_dn], targets, num_dn_groups).copy_(restored[:, None])
+        return labels[..., :-1]
+
+    def _class_losses(self, scores: Tensor, labels: Tensor, num_dn: int) -> tuple[Tensor, Tensor]:
+        """Losses of the decoder's matching and denoising queries, (num_layers,) each."""
+        loss = _classify(self.loss_cls, scores, labels)
+        dn_loss, loss = loss.split([num_dn, scores.shape[2] - num_dn], 2)
+        if self.loss_dn_cls is not None:
+            dn_loss = _classify(self.loss_dn_cls, scores[:, :, :num_dn], labels[:, :, :num_dn])
+        return loss.flatten(1).sum(1), dn_loss.flatten(1).sum(1)
+
+    def _box_losses(self, boxes: Tensor, match: Tensor, positives: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """L1 and GIoU losses, (2, num_layers) of ``boxes`` and of ``positives``, see :func:`_positives`."""
+        num_queries = boxes.shape[2]
+        matched = boxes.gather(2, match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4))
+        target_boxes = targets.boxes.to(boxes)
+        pred = _join(matched, positives)
+        target = _join(target_boxes.expand_as(matched), target_boxes[:, None].expand_as(positives))
+        counts = _join((match < num_queries)[..., None], targets.mask[:, None, :, None].expand(*positives.shape[:4], 1))
+        loss_bbox = self.loss_bbox(pred, target, reduction_override='none').sum(1)
+        loss_iou = self.loss_iou(bbox_cxcywh_to_xyxy(pred), bbox_cxcywh_to_xyxy(target), reduction_override='none')
+        losses = torch.stack([loss_bbox, loss_iou]) * counts.squeeze(1)
+        of_matched, of_positives = losses.split([matched.numel() // 4, positives.numel() // 4], 1)
+        return (
+            of_matched.unflatten(1, matched.shape[:-1]).flatten(2).sum(2),
+            of_positives.unflatten(1, positives.shape[:-1]).flatten(2).sum(2),
+        )
+
+
+def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:
+    """View of the positive ones of (num_layers, bs, num_dn, ...): (num_layers, bs, num_groups, num_gts, ...)."""
+    return dn_queries.unflatten(2, (num_groups, 2, targets.boxes.shape[1]))[:, :, :, 0]
+
+
+def _classify(loss_cls: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
+    """Loss of every query, (num_layers, bs, num_queries) or with classes as one more dimension."""
+    loss = loss_cls(scores.flatten(0, 2), labels.flatten(), reduction_override='none')
+    return loss.unflatten(0, labels.shape)
+
+
+def _join(matched: Tensor, positives: Tensor) -> Tensor:
+    """Matched and denoised pairs as one list (num_pairs, dim)."""
+    return torch.cat([matched.flatten(0, -2), positives.flatten(0, -2)])
+
+
+def _name(loss_cls: Tensor, box_losses: Tensor, divisor: Tensor) -> LayerLosses:
+    """Name what is summed, (num_layers,) and (2, num_layers), and divide it."""
+    losses = torch.cat([loss_cls[None], box_losses]) / divisor
+    return dict(zip(('loss_cls', 'loss_bbox', 'loss_iou'), losses.unbind(), strict=True))

@@ -1,5 +1,7 @@
 """One-to-one assignment of queries to objects, for all layers and images of a batch at once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
@@ -44,11 +46,12 @@ class HungarianMatcher:
         self.gamma = gamma
 
     @torch.no_grad()
-    def __call__(self, scores: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+    def __call__(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
         """Match.
 
         Args:
-            scores: (num_layers, bs, num_queries, num_classes) logits.
+            scores: Logits (num_layers, bs, num_queries, num_classes), the layers in one tensor or more: so nothing is
+                copied but the classes that count.
             boxes: (num_layers, bs, num_queries, 4) cxcywh in [0, 1].
             targets: Ground truth of the batch.
 
@@ -60,7 +63,7 @@ class HungarianMatcher:
             ValueError: An annotation is unusable; names image and box.
             FloatingPointError: Predictions are not finite.
         """
-        num_layers, bs, num_queries, num_classes = scores.shape
+        num_layers, bs, num_queries, _ = boxes.shape
         match = np.full((num_layers, bs, targets.boxes.shape[1]), num_queries)
         if targets.total:
             cost = self.cost(scores, boxes, targets).cpu().numpy()
@@ -69,28 +72,28 @@ class HungarianMatcher:
                     try:
                         objects, queries = linear_sum_assignment(cost[layer, image, :count])
                     except ValueError:  # not finite
-                        raise _not_finite(layer, image, targets, num_classes) from None
+                        raise _not_finite(layer, image, targets, scores[0].shape[-1]) from None
                     match[layer, image, objects] = queries
         return torch.from_numpy(match).to(boxes.device, non_blocking=True)
 
-    def cost(self, scores: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+    def cost(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
         """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
 
         Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
         # In place, one part after another, from the one that takes the most: these are the only tensors that grow with
         # boxes times queries.
-        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[..., :, None, :]
+        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[None, ..., None, :]
         overlap = generalized_iou(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes))
         cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(overlap, alpha=self.cost_giou)
         del overlap
         return self._add_focal_cost(cost, scores, targets.labels)
 
-    def _add_focal_cost(self, cost: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    def _add_focal_cost(self, cost: Tensor, scores: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Add what the focal loss would be for an object of that label, less what it is for background."""
         # Only the columns of classes that occur are needed: gather first, then compute.
         images = torch.arange(len(labels), device=labels.device)[:, None]
-        p = scores.transpose(2, 3)[:, images, labels].sigmoid_()
+        p = torch.cat([layers.transpose(2, 3)[:, images, labels] for layers in scores]).sigmoid_()
         q = 1 - p
         p_modulation, q_modulation = p**self.gamma, q**self.gamma
         cost.addcmul_(p.add_(1e-8).log_(), q_modulation, value=-self.alpha * self.cost_class)
