@@ -139,9 +139,9 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
 
 def _unusable(boxes: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """True for boxes (..., 4), xyxy, without area or not finite, and labels (...) outside the classes."""
-    has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-    in_range = (labels >= 0) & (labels < num_classes)
-    return ~(boxes.isfinite().all(-1) & has_area & in_range)
+    sides = boxes[..., 2:] - boxes[..., :2]  # finite if and only if both ends are
+    has_area = ((sides > 0) & (sides < torch.inf)).all(-1)
+    return ~(has_area & (labels >= 0) & (labels < num_classes))
 
 
 def describe_unusable_targets(targets: Targets, num_classes: int) -> str | None:

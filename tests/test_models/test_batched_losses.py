@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dino_mm.models.layers.denoising import CDNGenerator
 from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
-from dino_mm.models.losses.set_criterion import SetCriterion
+from dino_mm.models.losses.set_criterion import LOSSES, SetCriterion
 from dino_mm.models.structures import Predictions, collate_targets
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
@@ -118,16 +118,15 @@ def add_up(parts: list[Losses]) -> Losses:
     return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
-def weigh(parts: Sequence[Losses]) -> Tensor:
+def stack(layers: list[Losses], divisor: int) -> Tensor:
+    """As the criterion gives them, (3, num_layers)."""
+    return torch.stack([torch.stack([layer[name] for layer in layers]) for name in LOSSES]) / divisor
+
+
+def weigh(parts: Sequence[Tensor]) -> Tensor:
     """A sum in which each loss of each layer has a weight of its own."""
-    losses = [loss for part in parts for loss in part.values()]
-    return sum(
-        (loss * (torch.linspace(0.5, 2, len(loss), dtype=torch.float64) + i)).sum() for i, loss in enumerate(losses)
-    )
-
-
-def stack(layers: list[Losses], divisor: int) -> Losses:
-    return {name: torch.stack([layer[name] for layer in layers]) / divisor for name in layers[0]}
+    losses = torch.cat([part.flatten() for part in parts])
+    return (losses * torch.linspace(0.5, 2, len(losses), dtype=torch.float64)).sum()
 
 
 @pytest.mark.parametrize('num_groups', [0, 1, 20])
@@ -138,16 +137,14 @@ def test_losses_and_gradients(counts: list[int], num_queries: int, num_groups: i
     samples, num_dn, bs = make_samples(counts), num_groups * 2 * max(counts), len(counts)
     decoder = scores, boxes = make_predictions(2, bs, num_dn + num_queries)
     encoder = make_predictions(1, bs, num_queries)
-    targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
-    ours = criterion(Predictions(*decoder), Predictions(*encoder), targets, num_groups)
+    targets = collate_targets(samples, NUM_CLASSES)
+    ours = make_criterion()(Predictions(*decoder), Predictions(*encoder), targets, num_groups)
 
     matched = plain_matched(scores[:, :, num_dn:], boxes[:, :, num_dn:], samples) + plain_matched(*encoder, samples)
-    expected = [stack(matched, max(sum(counts), 1))]
+    expected = [stack(matched, max(sum(counts), 1)), torch.zeros(3, 2, dtype=torch.float64)]
     if num_groups:
         denoised = plain_denoised(scores[:, :, :num_dn], boxes[:, :, :num_dn], samples, num_groups)
-        expected.append(stack(denoised, sum(counts) * num_groups))
-    else:
-        expected.append({name: torch.zeros(2, dtype=torch.float64) for name in ours[1]})
+        expected[1] = stack(denoised, sum(counts) * num_groups)
     torch.testing.assert_close(list(ours), expected, rtol=1e-9, atol=1e-9)
     grads, expected_grads = (torch.autograd.grad(weigh(losses), [*decoder, *encoder]) for losses in (ours, expected))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
@@ -156,15 +153,14 @@ def test_losses_and_gradients(counts: list[int], num_queries: int, num_groups: i
 def test_losses_and_gradients_without_objects_and_without_encoder() -> None:
     """Only the background of the matching queries costs, and every prediction has a gradient."""
     samples, predictions = make_samples([0, 0]), make_predictions(3, 2, 40)
-    criterion = make_criterion()
-    losses, dn_losses = criterion(Predictions(*predictions), None, collate_targets(samples, NUM_CLASSES), 0)
+    losses, dn_losses = make_criterion()(Predictions(*predictions), None, collate_targets(samples, NUM_CLASSES), 0)
     expected = stack(plain_matched(*predictions, samples), 1)
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
-    zeros = torch.zeros(3, dtype=torch.float64)
-    assert all(torch.equal(part[name], zeros) for part, name in [(losses, 'loss_bbox'), (losses, 'loss_iou')])
-    assert {name: loss.tolist() for name, loss in dn_losses.items()} == {name: [0, 0, 0] for name in losses}
+    assert losses[1:].tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert dn_losses.tolist() == [[0, 0, 0]] * 3
     grads = torch.autograd.grad(weigh([losses, dn_losses]), predictions)
-    (score_grad,) = torch.autograd.grad(weigh([expected]), predictions[:1])
+    weights = torch.linspace(0.5, 2, 18, dtype=torch.float64)[:3]
+    (score_grad,) = torch.autograd.grad((expected[0] * weights).sum(), predictions[:1])
     torch.testing.assert_close(grads[0], score_grad, rtol=1e-9, atol=1e-9)
     assert torch.equal(grads[1], torch.zeros_like(grads[1]))
 
@@ -190,7 +186,7 @@ def loss_bytes(num_boxes: int, num_queries: int) -> int:
     targets, criterion = collate_targets(samples, NUM_CLASSES), make_criterion()
     with NewBytes() as new:
         losses, _ = criterion(Predictions(scores, boxes), None, targets, 0)
-        sum(loss.sum() for loss in losses.values()).backward()
+        losses.sum().backward()
     return new.total
 
 

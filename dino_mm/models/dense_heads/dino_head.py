@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ..box_ops import refine_boxes
-from ..losses.set_criterion import SetCriterion
+from ..losses.set_criterion import LOSSES, SetCriterion
 from ..structures import Predictions, QuerySelection, Targets
 
 
@@ -119,7 +119,7 @@ class DINOHead(BaseModule):
             encoder = Predictions(selection.scores.to(decoder.scores.dtype)[None], selection.boxes[None])
         losses, dn_losses = self.criterion(decoder, encoder, targets, num_dn_groups or 0)
         names = layer_names(len(decoder.scores))
-        named = name_losses(losses, [*names, 'enc_'])
+        named = name_losses(losses, names if encoder is None else [*names, 'enc_'])
         if num_dn_groups is not None:
             named |= name_losses(dn_losses, [f'{name}dn_' for name in names])
         return named
@@ -187,13 +187,10 @@ def layer_names(num_layers: int) -> list[str]:
     return [f'd{i}.' for i in range(num_layers - 1)] + ['']
 
 
-def name_losses(losses: dict[str, Tensor], prefixes: list[str]) -> dict[str, Tensor]:
-    """Give each layer of each loss (num_layers,) its prefix; the log shows them as separate values."""
-    return {
-        f'{prefix}{name}': value
-        for name, values in losses.items()
-        for prefix, value in zip(prefixes, values.unbind(), strict=False)
-    }
+def name_losses(losses: Tensor, prefixes: list[str]) -> dict[str, Tensor]:
+    """Name the ``LOSSES`` (3, num_layers) with each layer's prefix; the log shows them as separate values."""
+    names = [f'{prefix}{name}' for name in LOSSES for prefix in prefixes]
+    return dict(zip(names, losses.flatten().unbind(), strict=True))
 
 
 def _copies(branch: nn.Module, count: int) -> nn.ModuleList:

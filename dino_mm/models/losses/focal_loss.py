@@ -61,9 +61,9 @@ class _SigmoidFocal(torch.autograd.Function):
             x.unbind(1) for x in _background(torch.cat([entry, -entry], 1), gamma)
         )
         is_object = labels < num_classes
-        correction = (alpha * right - (1 - alpha) * wrong) * is_object
+        correction = torch.lerp(-wrong, right, alpha) * is_object
         total = torch.add(correction, loss.sum(1), alpha=1 - alpha)
-        gradient_correction = (alpha * right_gradient + (1 - alpha) * wrong_gradient) * is_object
+        gradient_correction = torch.lerp(wrong_gradient, right_gradient, alpha) * is_object
         gradient.mul_(1 - alpha).scatter_add_(1, column, -gradient_correction[:, None])
         ctx.save_for_backward(gradient)
         return total

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..structures import Predictions, Targets
 from ..task_modules.hungarian_matcher import HungarianMatcher
 
-LayerLosses = dict[str, Tensor]
-"""``loss_cls``, ``loss_bbox`` and ``loss_iou``, each (num_layers,)."""
+LOSSES = ('loss_cls', 'loss_bbox', 'loss_iou')
+"""Rows of what the criterion gives."""
 
 
 class SetCriterion(nn.Module):
@@ -49,7 +49,7 @@ class SetCriterion(nn.Module):
 
     def forward(
         self, decoder: Predictions, encoder: Predictions | None, targets: Targets, num_dn_groups: int
-    ) -> tuple[LayerLosses, LayerLosses]:
+    ) -> tuple[Tensor, Tensor]:
         """Losses of the matching queries of all layers, the encoder last, and of the decoder's denoising queries.
 
         A matching query restores the object that the matcher pairs it with, a positive denoising query the one that it
@@ -60,6 +60,9 @@ class SetCriterion(nn.Module):
             encoder: Predictions of the selected tokens, as one layer; None where the encoder selects none.
             targets: Ground truth of the batch.
             num_dn_groups: Groups of denoising queries; without any, their losses are 0.
+
+        Returns:
+            ``LOSSES`` of the matching queries, (3, num_layers), and of the denoising queries, (3, num_layers).
         """
         num_layers, num_dn = len(decoder.scores), num_dn_groups * 2 * targets.boxes.shape[1]
         matching = [Predictions(decoder.scores[:, :, num_dn:], decoder.boxes[:, :, num_dn:])]
@@ -76,9 +79,10 @@ class SetCriterion(nn.Module):
         box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets)
 
         num_boxes = reduce_mean(boxes.new_tensor(targets.total)).clamp(min=1)
+        num_dn_boxes = num_boxes * max(num_dn_groups, 1)  # every group restores all objects
         return (
-            _name(loss_cls, box_losses, num_boxes),
-            _name(dn_loss_cls, dn_box_losses, num_boxes * max(num_dn_groups, 1)),  # every group restores all objects
+            torch.cat([loss_cls[None], box_losses]) / num_boxes,
+            torch.cat([dn_loss_cls[None], dn_box_losses]) / num_dn_boxes,
         )
 
     def _labels(self, match: Tensor, num_queries: int, targets: Targets, num_dn_groups: int) -> Tensor:
@@ -89,7 +93,7 @@ class SetCriterion(nn.Module):
         labels = match.new_full((num_layers, bs, num_dn + num_queries + 1), self.num_classes)
         labels.scatter_(2, match + num_dn, targets.labels.expand_as(match))
         restored = torch.where(targets.mask, targets.labels, self.num_classes)
-        _positives(labels[..., :num_dn], targets, num_dn_groups).copy_(restored[:, None])
+        _positives(labels[..., :num_dn], targets, num_dn_groups).copy_(restored)
         return labels[..., :-1]
 
     def _class_losses(self, scores: Tensor, labels: Tensor, num_dn: int) -> tuple[Tensor, Tensor]:
@@ -104,37 +108,31 @@ class SetCriterion(nn.Module):
         """L1 and GIoU losses, (2, num_layers) of ``boxes`` and of ``positives``, see :func:`_positives`."""
         num_queries = boxes.shape[2]
         matched = boxes.gather(2, match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4))
-        target_boxes = targets.boxes.to(boxes)
-        pred = _join(matched, positives)
-        target = _join(target_boxes.expand_as(matched), target_boxes[:, None].expand_as(positives))
-        counts = _join((match < num_queries)[..., None], targets.mask[:, None, :, None].expand(*positives.shape[:4], 1))
-        loss_bbox = self.loss_bbox(pred, target, reduction_override='none').sum(1)
-        loss_iou = self.loss_iou(bbox_cxcywh_to_xyxy(pred), bbox_cxcywh_to_xyxy(target), reduction_override='none')
-        losses = torch.stack([loss_bbox, loss_iou]) * counts.squeeze(1)
-        of_matched, of_positives = losses.split([matched.numel() // 4, positives.numel() // 4], 1)
+        restored = positives.contiguous().flatten(0, 1)
+        # Pairs (..., bs, num_gts): all layers of the matching queries, then all groups of all layers.
+        pred = torch.cat([matched, restored])
+        counts = torch.cat([match < num_queries, targets.mask.expand(restored.shape[:-1])])
+        target = targets.boxes.to(boxes)
+        loss_bbox = self.loss_bbox(pred, target.expand_as(pred), reduction_override='none')
+        loss_iou = self.loss_iou(
+            bbox_cxcywh_to_xyxy(pred).flatten(0, 2),
+            bbox_cxcywh_to_xyxy(target).expand_as(pred).flatten(0, 2),
+            reduction_override='none',
+        )
+        losses = torch.stack([loss_bbox.sum(3), loss_iou.view(counts.shape)]) * counts
+        loss, dn_loss = losses.flatten(1).split([match.numel(), restored.numel() // 4], 1)
         return (
-            of_matched.unflatten(1, matched.shape[:-1]).flatten(2).sum(2),
-            of_positives.unflatten(1, positives.shape[:-1]).flatten(2).sum(2),
+            loss.unflatten(1, match.shape).flatten(2).sum(2),
+            dn_loss.unflatten(1, positives.shape[:-1]).flatten(2).sum(2),
         )
 
 
 def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:
-    """View of the positive ones of (num_layers, bs, num_dn, ...): (num_layers, bs, num_groups, num_gts, ...)."""
-    return dn_queries.unflatten(2, (num_groups, 2, targets.boxes.shape[1]))[:, :, :, 0]
+    """View of the positive ones of (num_layers, bs, num_dn, ...): (num_layers, num_groups, bs, num_gts, ...)."""
+    return dn_queries.unflatten(2, (num_groups, 2, targets.boxes.shape[1]))[:, :, :, 0].transpose(1, 2)
 
 
 def _classify(loss_cls: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
     """Loss of every query, (num_layers, bs, num_queries) or with classes as one more dimension."""
     loss = loss_cls(scores.flatten(0, 2), labels.flatten(), reduction_override='none')
     return loss.unflatten(0, labels.shape)
-
-
-def _join(matched: Tensor, positives: Tensor) -> Tensor:
-    """Matched and denoised pairs as one list (num_pairs, dim)."""
-    return torch.cat([matched.flatten(0, -2), positives.flatten(0, -2)])
-
-
-def _name(loss_cls: Tensor, box_losses: Tensor, divisor: Tensor) -> LayerLosses:
-    """Name what is summed, (num_layers,) and (2, num_layers), and divide it."""
-    losses = torch.cat([loss_cls[None], box_losses]) / divisor
-    return dict(zip(('loss_cls', 'loss_bbox', 'loss_iou'), losses.unbind(), strict=True))
