@@ -310,19 +310,10 @@ def our_parts(side: Side) -> Parts:
     head = model.bbox_head
 
     def matching_and_loss() -> Work:
-        arguments = side.record(head, 'loss').kwargs
-        with torch.no_grad():
-            outputs = head(arguments['hidden_states'], arguments['references'])
-        outputs = tree_map(lambda output: output.requires_grad_(), outputs)
-        arguments = cut_off(arguments)
-        given = mock.Mock(return_value=outputs)  # made once: it takes a millisecond
-
-        def forward() -> dict[str, Tensor]:
-            targets = collate_targets(samples, head.num_classes)
-            with mock.patch.object(head, 'forward', given):
-                return head.loss(**(arguments | dict(targets=targets)))
-
-        return Work(forward, leaves_of((outputs, arguments)))
+        predictions = cut_off(side.record(head, 'loss_by_feat').args[:-1])
+        return Work(
+            lambda: head.loss_by_feat(*predictions, collate_targets(samples, head.num_classes)), leaves_of(predictions)
+        )
 
     def denoising() -> Any:
         return model.denoising(collate_targets(samples, head.num_classes), model.num_queries)

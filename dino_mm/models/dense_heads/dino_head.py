@@ -114,7 +114,14 @@ class DINOHead(BaseModule):
             num_dn_groups: Denoising groups, 0 in a batch without objects; None without denoising.
             targets: Ground truth of the batch.
         """
-        decoder, encoder = Predictions(*self(hidden_states, references)), None
+        decoder = Predictions(*self(hidden_states, references))
+        return self.loss_by_feat(decoder, selection, num_dn_groups, targets)
+
+    def loss_by_feat(
+        self, decoder: Predictions, selection: QuerySelection, num_dn_groups: int | None, targets: Targets
+    ) -> dict[str, Tensor]:
+        """All losses of the decoder's and the encoder's predictions; arguments as of :meth:`loss`."""
+        encoder = None
         if selection.scores is not None and selection.boxes is not None:
             encoder = Predictions(selection.scores.to(decoder.scores.dtype)[None], selection.boxes[None])
         losses, dn_losses = self.criterion(decoder, encoder, targets, num_dn_groups or 0)
