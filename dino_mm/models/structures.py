@@ -139,7 +139,7 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
 
 def _unusable(boxes: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """True for boxes (..., 4), xyxy, without area or not finite, and labels (...) outside the classes."""
-    sides = boxes[..., 2:] - boxes[..., :2]  # finite if and only if both ends are
+    sides = boxes[..., 2:] - boxes[..., :2]  # not finite where an end is not
     has_area = ((sides > 0) & (sides < torch.inf)).all(-1)
     return ~(has_area & (labels >= 0) & (labels < num_classes))
 

@@ -59,7 +59,7 @@ class SetCriterion(nn.Module):
             decoder: Predictions of all decoder layers, the ``num_dn_groups * 2 * num_gts`` denoising queries first.
             encoder: Predictions of the selected tokens, as one layer; None where the encoder selects none.
             targets: Ground truth of the batch.
-            num_dn_groups: Groups of denoising queries; without any, their losses are 0.
+            num_dn_groups: Groups of denoising queries; without any, their losses are 0, and still have gradients.
 
         Returns:
             ``LOSSES`` of the matching queries, (3, num_layers), and of the denoising queries, (3, num_layers).

@@ -83,7 +83,7 @@ class HungarianMatcher:
         """
         # In place, one part after another, from the one that takes the most: these are the only tensors that grow with
         # boxes times queries.
-        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[None, ..., None, :]
+        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[..., :, None, :]
         overlap = generalized_iou(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes))
         cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(overlap, alpha=self.cost_giou)
         del overlap
