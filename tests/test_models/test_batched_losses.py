@@ -19,6 +19,7 @@ from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import LOSSES, SetCriterion
 from dino_mm.models.structures import Predictions, collate_targets
+from dino_mm.models.task_modules import hungarian_matcher
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
 NUM_CLASSES, SIDE = 6, 200
@@ -132,8 +133,12 @@ def weigh(parts: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize('num_groups', [0, 1, 20])
 @pytest.mark.parametrize('num_queries', [1, 40, 350])
 @pytest.mark.parametrize('counts', [[1], [0, 1], [5, 0, 3], [300, 2]])
-def test_losses_and_gradients(counts: list[int], num_queries: int, num_groups: int) -> None:
+@pytest.mark.parametrize('max_pairs', [0, hungarian_matcher.MAX_PAIRS], ids=['costs by layer', 'costs at once'])
+def test_losses_and_gradients(
+    max_pairs: int, counts: list[int], num_queries: int, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of two decoder layers with denoising queries, and of the encoder."""
+    monkeypatch.setattr(hungarian_matcher, 'MAX_PAIRS', max_pairs)
     samples, num_dn, bs = make_samples(counts), num_groups * 2 * max(counts), len(counts)
     decoder = scores, boxes = make_predictions(2, bs, num_dn + num_queries)
     encoder = make_predictions(1, bs, num_queries)
@@ -166,17 +171,17 @@ def test_losses_and_gradients_without_objects_and_without_encoder() -> None:
 
 
 class NewBytes(TorchDispatchMode):
-    """Adds up the storage of all tensors that operators make while it is active."""
+    """Sizes of the storage of all tensors that operators make while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.total += sum(storage.nbytes() for storage in made if storage.data_ptr() not in known)
+        self.sizes += [storage.nbytes() for storage in made if storage.data_ptr() not in known]
         return result
 
 
@@ -187,7 +192,7 @@ def loss_bytes(num_boxes: int, num_queries: int) -> int:
     with NewBytes() as new:
         losses, _ = criterion(Predictions(scores, boxes), None, targets, 0)
         losses.sum().backward()
-    return new.total
+    return sum(new.sizes)
 
 
 def denoising_bytes(num_dn_queries: int, num_queries: int) -> int:
@@ -196,7 +201,7 @@ def denoising_bytes(num_dn_queries: int, num_queries: int) -> int:
     generator = CDNGenerator(NUM_CLASSES, embed_dims=8, num_dn_queries=num_dn_queries)
     with NewBytes() as new:
         generator(targets, num_queries)
-    return new.total
+    return sum(new.sizes)
 
 
 def test_memory_of_matching_and_losses_grows_with_boxes_times_queries_at_most() -> None:
@@ -205,6 +210,21 @@ def test_memory_of_matching_and_losses_grows_with_boxes_times_queries_at_most() 
     assert loss_bytes(40, 200) <= 2 * base
     assert loss_bytes(20, 400) <= 2 * base
     assert loss_bytes(80, 800) <= 16 * base
+
+
+def test_many_costs_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = collate_targets(make_samples([30, 20]), NUM_CLASSES)
+    scores, boxes = (x.detach() for x in make_predictions(4, 2, 500))
+    pairs = 2 * 30 * 500
+
+    def larger_than_a_layer(max_pairs: int) -> int:
+        monkeypatch.setattr(hungarian_matcher, 'MAX_PAIRS', max_pairs)
+        with NewBytes() as new:
+            HungarianMatcher().cost([scores], boxes, targets)
+        return sum(size > pairs * 8 for size in new.sizes)
+
+    assert larger_than_a_layer(4 * pairs) > 4
+    assert larger_than_a_layer(4 * pairs - 1) == 1  # all costs together, at the end
 
 
 def test_memory_of_denoising_grows_with_its_queries_times_all_at_most() -> None:

@@ -12,7 +12,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 
-from dino_mm.models.box_ops import generalized_iou
+from dino_mm.models.box_ops import coordinates, generalized_iou
 from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import LOSSES, SetCriterion
@@ -170,7 +170,7 @@ def test_denoising_losses_equal_naive_loops(counts):
 def test_giou_of_known_boxes():
     a = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.2, 0.2]], dtype=torch.float64)
     b = torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.8, 0.8, 1.0, 1.0]], dtype=torch.float64)
-    giou = generalized_iou(a, b)
+    giou = generalized_iou(coordinates(a), coordinates(b))
     assert giou[0].item() == pytest.approx(0.125 / (0.375 + 1e-6), rel=1e-12)
     assert giou[1].item() == pytest.approx(-(1 - 0.08) / (1 + 1e-6), rel=1e-12)
 

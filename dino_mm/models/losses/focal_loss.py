@@ -54,19 +54,16 @@ class _SigmoidFocal(torch.autograd.Function):
         column = labels.clamp(max=num_classes - 1)[:, None]
         entry = logits.gather(1, column)
 
-        # An entry of background costs (1 - alpha) p^gamma softplus(x); what holds for x and background holds for -x
-        # and an object.
-        loss, gradient = _background(logits, gamma)
+        # What holds for x and background holds for -x and an object.
+        loss, gradient = _background(logits, gamma, 1 - alpha)
         (wrong, right), (wrong_gradient, right_gradient) = (
-            x.unbind(1) for x in _background(torch.cat([entry, -entry], 1), gamma)
+            x.unbind(1) for x in _background(torch.cat([entry, -entry], 1), gamma, 1.0)
         )
         is_object = labels < num_classes
         correction = torch.lerp(-wrong, right, alpha) * is_object
-        total = torch.add(correction, loss.sum(1), alpha=1 - alpha)
         gradient_correction = torch.lerp(wrong_gradient, right_gradient, alpha) * is_object
-        gradient.mul_(1 - alpha).scatter_add_(1, column, -gradient_correction[:, None])
-        ctx.save_for_backward(gradient)
-        return total
+        ctx.save_for_backward(gradient.scatter_add_(1, column, -gradient_correction[:, None]))
+        return loss.sum(1).add_(correction)
 
     @staticmethod
     @once_differentiable
@@ -75,8 +72,8 @@ class _SigmoidFocal(torch.autograd.Function):
         return gradient * grad_output[:, None], None, None, None
 
 
-def _background(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``p^gamma softplus(x)``, p = sigmoid(x), and its derivative.
+def _background(logits: Tensor, gamma: float, weight: float) -> tuple[Tensor, Tensor]:
+    """Loss of background, ``weight * p^gamma softplus(x)`` with p = sigmoid(x), and its derivative.
 
     softplus(x) is ``relu(x) - log(max(p, 1 - p))``: not torch's own, which a CPU evaluates number by number. Where its
     rounding shows, p is small, and p^gamma takes it away. In place, for these are the largest tensors of the losses.
@@ -85,5 +82,8 @@ def _background(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     q = 1 - p
     penalty = logits.clamp(min=0).sub_(torch.maximum(p, q).log_())
     derivative = torch.addcmul(p, q, penalty, value=gamma, out=q)
-    modulation = p.pow_(gamma)
-    return penalty.mul_(modulation), derivative.mul_(modulation)
+    modulation, zero = p.pow_(gamma), p.new_zeros(())
+    # Products and weight in one pass.
+    for factor in (penalty, derivative):
+        torch.addcmul(zero, factor, modulation, value=weight, out=factor)
+    return penalty, derivative

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dino_mm.registry import TASK_UTILS
 
-from ..box_ops import generalized_iou, l1_distance
+from ..box_ops import coordinates, corners, generalized_iou, l1_distance
 from ..structures import Targets, describe_unusable_targets
+
+#: Pairs of a query and an object, in all layers and images, of which the costs are computed at once. Of more they are
+#: computed layer by layer: that bounds the memory and suits a CPU's caches; fewer are done sooner in few operators.
+MAX_PAIRS = 1_500_000
 
 
 @TASK_UTILS.register_module()
@@ -81,12 +84,19 @@ class HungarianMatcher:
 
         Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
+        if boxes[..., 0].numel() * targets.boxes.shape[1] <= MAX_PAIRS:
+            return self._cost_at_once(scores, boxes, targets)
+        layers = (layer[None] for part in scores for layer in part)
+        return torch.cat([self._cost_at_once([s], b[None], targets) for s, b in zip(layers, boxes, strict=True)])
+
+    def _cost_at_once(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
+        """See :meth:`cost`."""
         # In place, one part after another, from the one that takes the most: these are the only tensors that grow with
         # boxes times queries.
-        boxes, target_boxes = boxes[..., None, :, :], targets.boxes.to(boxes)[..., :, None, :]
-        overlap = generalized_iou(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(target_boxes))
-        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(overlap, alpha=self.cost_giou)
-        del overlap
+        boxes, target_boxes = coordinates(boxes)[..., None, :], coordinates(targets.boxes.to(boxes))[..., None]
+        giou = generalized_iou(corners(boxes), corners(target_boxes))
+        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(giou, alpha=self.cost_giou)
+        del giou
         return self._add_focal_cost(cost, scores, targets.labels)
 
     def _add_focal_cost(self, cost: Tensor, scores: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -95,9 +105,10 @@ class HungarianMatcher:
         images = torch.arange(len(labels), device=labels.device)[:, None]
         p = torch.cat([layers.transpose(2, 3)[:, images, labels] for layers in scores]).sigmoid_()
         q = 1 - p
-        p_modulation, q_modulation = p**self.gamma, q**self.gamma
-        cost.addcmul_(p.add_(1e-8).log_(), q_modulation, value=-self.alpha * self.cost_class)
-        return cost.addcmul_(q.add_(1e-8).log_(), p_modulation, value=(1 - self.alpha) * self.cost_class)
+        log_p = (p + 1e-8).log_()
+        cost.addcmul_(log_p, q**self.gamma, value=-self.alpha * self.cost_class)
+        del log_p
+        return cost.addcmul_(q.add_(1e-8).log_(), p.pow_(self.gamma), value=(1 - self.alpha) * self.cost_class)
 
 
 def _not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> ArithmeticError | ValueError:
