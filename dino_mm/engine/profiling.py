@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dino_mm.models.task_modules import hungarian_matcher
+
 #: Operators whose result, or its shape, the host must know: with a GPU it waits for all work that was queued before.
 WAITING_OPERATORS = frozenset(
     {
@@ -43,6 +45,8 @@ INDEXING_OPERATORS = frozenset({'index', 'index_put', 'index_put_', '_index_put_
 HOST_METHODS = ('cpu', 'numpy', 'tolist')
 #: The kind of synchronisation that ``one_hot`` counts as: on a CPU it looks at its labels, on a GPU it does not.
 LABEL_CHECK = 'label check of a CPU'
+#: What solves the assignments, with torch too, once their costs are on the host: no work of the device.
+HOST_WORK = 'work of the host'
 _CPU = torch.device('cpu')
 
 
@@ -52,7 +56,8 @@ class OperatorCounter(TorchDispatchMode):
     A synchronisation is a call of ``WAITING_OPERATORS``, indexing with a boolean mask, or a copy to the host. On a GPU
     copies are seen as operators whose result leaves the device; on a CPU as calls of ``Tensor.cpu``, ``numpy`` and
     ``tolist``, where ``tensor.cpu().numpy()`` is one copy; ``Tensor.to('cpu')`` is not seen there. What a CPU does and
-    a GPU does not, ``one_hot``'s look at its labels, in mmdet's ``FocalLoss``, is counted as ``LABEL_CHECK``.
+    a GPU does not, ``one_hot``'s look at its labels, in mmdet's ``FocalLoss``, is counted as ``LABEL_CHECK``. What the
+    host does on every machine, our solving of assignments, is not counted.
 
     Args:
         device: Where the work runs.
@@ -68,7 +73,7 @@ class OperatorCounter(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self._on_host: Tensor | None = None
-        self._checks_labels = False
+        self._inside: str | None = None
 
     @property
     def num_calls(self) -> int:
@@ -82,11 +87,13 @@ class OperatorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count and run one operator."""
+        result = func(*args, **(kwargs or {}))
+        if self._inside == HOST_WORK:
+            return result
         name = func.overloadpacket.__name__
         self.calls[name] += 1
-        result = func(*args, **(kwargs or {}))
         if name in WAITING_OPERATORS:
-            self.waits[LABEL_CHECK if self._checks_labels else name] += 1
+            self.waits[LABEL_CHECK if self._inside == LABEL_CHECK else name] += 1
         elif name in INDEXING_OPERATORS and _has_mask(args[1]):
             self.waits[f'{name} with a mask'] += 1
         elif isinstance(result, Tensor) and result.is_cpu and any(_on_device(leaf) for leaf in tree_leaves(args)):
@@ -99,7 +106,9 @@ class OperatorCounter(TorchDispatchMode):
         for method in HOST_METHODS if self.device.type == 'cpu' else ():
             counted = self._counting(getattr(Tensor, method))
             self._patches.enter_context(mock.patch.object(Tensor, method, counted))
-        self._patches.enter_context(mock.patch.object(F, 'one_hot', self._one_hot(F.one_hot)))
+        for owner, name, kind in ((F, 'one_hot', LABEL_CHECK), (hungarian_matcher, 'assign', HOST_WORK)):
+            told_apart = self._telling(getattr(owner, name), kind)
+            self._patches.enter_context(mock.patch.object(owner, name, told_apart))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -112,22 +121,22 @@ class OperatorCounter(TorchDispatchMode):
 
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = method(tensor, *args, **kwargs)
-            if tensor is not self._on_host or method.__name__ == 'cpu':
+            if self._inside != HOST_WORK and (tensor is not self._on_host or method.__name__ == 'cpu'):
                 self.waits[f'Tensor.{method.__name__}'] += 1
             self._on_host = result if isinstance(result, Tensor) else None
             return result
 
         return counted
 
-    def _one_hot(self, one_hot: Callable) -> Callable:
-        """``one_hot`` whose synchronisations are told apart."""
+    def _telling(self, function: Callable, kind: str) -> Callable:
+        """``function``, during which the counter knows what is done."""
 
-        def told(*args: Any, **kwargs: Any) -> Tensor:
-            self._checks_labels = True
+        def told(*args: Any, **kwargs: Any) -> Any:
+            self._inside = kind
             try:
-                return one_hot(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                self._checks_labels = False
+                self._inside = None
 
         return told
 

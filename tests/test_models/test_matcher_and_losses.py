@@ -17,7 +17,7 @@ from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import LOSSES, SetCriterion
 from dino_mm.models.structures import Predictions, collate_targets
-from dino_mm.models.task_modules import hungarian_matcher
+from dino_mm.models.task_modules import assignment
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
 NUM_CLASSES, SIZE = 4, (80, 100)
@@ -196,9 +196,9 @@ def test_unusable_ground_truth_names_image_and_box(box, label, fault):
     assert str(error.value).count('ground truth 0') == 1
 
 
-@pytest.mark.parametrize('max_pairs', [0, hungarian_matcher.MAX_PAIRS], ids=['threads', 'one thread'])
-def test_predictions_that_are_not_finite_are_named(max_pairs, monkeypatch):
-    monkeypatch.setattr(hungarian_matcher, 'MAX_PAIRS', max_pairs)
+@pytest.mark.parametrize('max_costs', [0, assignment.MAX_COSTS_OF_ONE_THREAD], ids=['threads', 'one thread'])
+def test_predictions_that_are_not_finite_are_named(max_costs, monkeypatch):
+    monkeypatch.setattr(assignment, 'MAX_COSTS_OF_ONE_THREAD', max_costs)
     samples, scores, boxes = make_batch([2, 1], 5)
     boxes[1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match='layer 1 for image 0'):

@@ -50,20 +50,17 @@ class _SigmoidFocal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
-        num_classes = logits.shape[1]
-        column = labels.clamp(max=num_classes - 1)[:, None]
-        entry = logits.gather(1, column)
-
         # What holds for x and background holds for -x and an object.
         loss, gradient = _background(logits, gamma, 1 - alpha)
-        (wrong, right), (wrong_gradient, right_gradient) = (
-            x.unbind(1) for x in _background(torch.cat([entry, -entry], 1), gamma, 1.0)
-        )
+        num_classes, labels = logits.shape[1], labels[:, None]
+        column = labels.clamp(max=num_classes - 1)
+        entry = logits.gather(1, column)
+        (wrong, right), (wrong_gradient, right_gradient) = _background(torch.stack([entry, -entry]), gamma, 1.0)
         is_object = labels < num_classes
         correction = torch.lerp(-wrong, right, alpha) * is_object
         gradient_correction = torch.lerp(wrong_gradient, right_gradient, alpha) * is_object
-        ctx.save_for_backward(gradient.scatter_add_(1, column, -gradient_correction[:, None]))
-        return loss.sum(1).add_(correction)
+        ctx.save_for_backward(gradient.scatter_add_(1, column, -gradient_correction))
+        return loss.sum(1, keepdim=True).add_(correction).squeeze(1)
 
     @staticmethod
     @once_differentiable

@@ -1,22 +1,18 @@
 """One-to-one assignment of queries to objects, for all layers and images of a batch at once."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dino_mm.registry import TASK_UTILS
 
 from ..box_ops import coordinates, corners, generalized_iou, l1_distance
 from ..structures import Targets, describe_unusable_targets
+from .assignment import NotFiniteError, assign
 
 #: Pairs of a query and an object, in all layers and images, of which the costs are computed at once. Of more they are
-#: computed layer by layer, which bounds the memory and suits a CPU's caches, and the assignments are solved by threads;
-#: fewer are done sooner in few operators and one thread.
+#: computed layer by layer, which bounds the memory and suits a CPU's caches; of fewer, few operators are done sooner.
 MAX_PAIRS = 1_500_000
 
 
@@ -70,26 +66,15 @@ class HungarianMatcher:
             FloatingPointError: Predictions are not finite.
         """
         num_layers, bs, num_queries, _ = boxes.shape
-        match = np.full((num_layers, bs, targets.boxes.shape[1]), num_queries)
-        if targets.total:
-            costs = self.cost(scores, boxes, targets).cpu().numpy()
-
-            def solve(problem: tuple[int, int]) -> None:
-                layer, image = problem
-                try:
-                    objects, queries = linear_sum_assignment(costs[layer, image, : targets.counts[image]])
-                except ValueError:  # not finite
-                    raise _not_finite(layer, image, targets, scores[0].shape[-1]) from None
-                match[layer, image, objects] = queries
-
-            problems = product(range(num_layers), range(bs))
-            if costs.size <= MAX_PAIRS:
-                for problem in problems:
-                    solve(problem)
-            else:
-                with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                    list(pool.map(solve, problems))  # a list, for the errors
-        return torch.from_numpy(match).to(boxes.device, non_blocking=True)
+        if not targets.total:
+            return torch.full((num_layers, bs, targets.boxes.shape[1]), num_queries, device=boxes.device)
+        costs = self.cost(scores, boxes, targets).cpu().numpy()
+        try:
+            match = assign(costs.reshape(-1, *costs.shape[2:]), targets.counts * num_layers)
+        except NotFiniteError as error:
+            layer, image = divmod(error.problem, bs)
+            raise _not_finite(layer, image, targets, scores[0].shape[-1]) from None
+        return torch.from_numpy(match.reshape(costs.shape[:3])).to(boxes.device, non_blocking=True)
 
     def cost(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
         """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
