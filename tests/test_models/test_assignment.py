@@ -39,18 +39,18 @@ class Calls:
 
 
 @pytest.mark.parametrize('spread', [1.0, 0.3, 0.03, 0.0])
-@pytest.mark.parametrize(('counts', 'num_cols'), [([24, 24], 192), ([40, 17, 0, 1], 350), ([100, 99, 3], 900)])
-@pytest.mark.parametrize('rank', [1, 2, assignment.RANK])
+@pytest.mark.parametrize(('counts', 'num_cols'), [([24, 24], 800), ([40, 17, 0, 1], 850), ([100, 99, 3], 900)])
+@pytest.mark.parametrize('min_rank', [1, 2, assignment.MIN_RANK])
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
-def test_shortlists_change_nothing(spread, counts, num_cols, rank, dtype, monkeypatch):
-    monkeypatch.setattr(assignment, 'RANK', rank)
+def test_shortlists_change_nothing(spread, counts, num_cols, min_rank, dtype, monkeypatch):
+    monkeypatch.setattr(assignment, 'MIN_RANK', min_rank)
     costs = distances(len(counts), max(counts), num_cols, spread).astype(dtype)
     assert assign(costs, counts).tolist() == plain_assign(costs, counts)
 
 
 def test_equal_costs_are_assigned_at_the_least_sum():
     """Which of several best assignments it is remains open."""
-    costs = torch.randint(0, 4, (20, 30, 300)).float().numpy()
+    costs = torch.randint(0, 4, (20, 30, 900)).float().numpy()
     columns = assign(costs, [30] * 20)
     for matrix, chosen, best in zip(costs, columns, plain_assign(costs, [30] * 20), strict=True):
         assert len(set(chosen)) == 30
@@ -59,26 +59,28 @@ def test_equal_costs_are_assigned_at_the_least_sum():
 
 def test_most_columns_are_not_looked_at(monkeypatch):
     calls = Calls(monkeypatch)
-    assign(distances(10, 60, 900, spread=1.0), [60] * 10)
-    ((*columns,),) = calls.columns  # solved once, so that all are proven
+    assign(distances(10, 60, 900, spread=1.0), [60] * 9 + [3])
+    ((*columns, few),) = calls.columns  # solved once, so that all are proven
     assert max(columns) < 0.4 * 900
+    assert few < 0.1 * 900
 
 
 def test_rows_that_want_the_same_columns_get_all(monkeypatch):
-    """One matrix of two: its shortlist is shorter than its rows are many."""
+    """One matrix of two: its shortlist is shorter than its rows are many, and its last column the best."""
     calls = Calls(monkeypatch)
-    costs = np.concatenate([distances(1, 30, 400, spread=1.0), distances(1, 1, 400, spread=1.0).repeat(30, 1)])
+    costs = np.concatenate([distances(1, 30, 800, spread=1.0), distances(1, 1, 800, spread=1.0).repeat(30, 1)])
+    costs[1, :, -1] = costs.min() - 1
     columns = assign(costs, [30, 30])
     (first, second), again = calls.columns
     assert second < 30 < first
-    assert again == [400]
+    assert again == [800]
     assert sorted(columns[1]) == sorted(costs[1, 0].argsort()[:30])
 
 
 def test_a_complete_assignment_of_the_shortlist_need_not_be_the_best(monkeypatch):
     """Two rows want one column; for the one that yields, the next best is on no shortlist of the best only."""
-    monkeypatch.setattr(assignment, 'RANK', 1)
-    costs = np.full((1, 24, 192), 9.0)
+    monkeypatch.setattr(assignment, 'MIN_RANK', 1)
+    costs = np.full((1, 24, 800), 9.0)
     costs[0, range(24), range(24)] = 0.0
     costs[0, 1] = 100.0
     costs[0, 1, [0, 100]] = 0.0, 2.0  # like row 0, row 1 wants column 0
@@ -86,7 +88,7 @@ def test_a_complete_assignment_of_the_shortlist_need_not_be_the_best(monkeypatch
     expected = [0, 100, *range(2, 24)]
     assert assign(costs, [24]).tolist() == [expected] == plain_assign(costs, [24])
     assert [len(columns) for columns in calls.columns] == [1, 1]
-    assert calls.columns[1] == [192]
+    assert calls.columns[1] == [800]
 
 
 @pytest.mark.parametrize('num_rows', [3, 30])
@@ -94,8 +96,8 @@ def test_a_complete_assignment_of_the_shortlist_need_not_be_the_best(monkeypatch
 @pytest.mark.parametrize('wrong', [np.nan, -np.inf])
 def test_costs_that_are_not_finite(num_rows, threads, wrong, monkeypatch):
     monkeypatch.setattr(assignment, 'MAX_COSTS_OF_ONE_THREAD', 0 if threads else 10**6)
-    costs = distances(3, num_rows, 300, spread=1.0)
-    costs[1, 2, 299] = wrong
+    costs = distances(3, num_rows, 900, spread=1.0)
+    costs[1, 2, 899] = wrong
     with pytest.raises(NotFiniteError, match='matrix 1') as error:
         assign(costs, [num_rows] * 3)
     assert error.value.problem == 1
@@ -103,7 +105,7 @@ def test_costs_that_are_not_finite(num_rows, threads, wrong, monkeypatch):
 
 
 def test_threads_change_nothing(monkeypatch):
-    costs, counts = distances(5, 40, 350, spread=0.5), [40, 3, 0, 39, 40]
+    costs, counts = distances(5, 40, 900, spread=0.5), [40, 3, 0, 39, 40]
     expected = assign(costs, counts)
     monkeypatch.setattr(assignment, 'MAX_COSTS_OF_ONE_THREAD', 0)
     assert np.array_equal(assign(costs, counts), expected)

@@ -131,7 +131,7 @@ def weigh(parts: Sequence[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize('num_groups', [0, 1, 20])
-@pytest.mark.parametrize('num_queries', [1, 40, 350])
+@pytest.mark.parametrize('num_queries', [1, 40, 800])
 @pytest.mark.parametrize('counts', [[1], [0, 1], [5, 0, 3], [40, 0, 24], [300, 2]])
 @pytest.mark.parametrize('max_pairs', [0, hungarian_matcher.MAX_PAIRS], ids=['costs by layer', 'costs at once'])
 def test_losses_and_gradients(
@@ -205,11 +205,12 @@ def denoising_bytes(num_dn_queries: int, num_queries: int) -> int:
 
 
 def test_memory_of_matching_and_losses_grows_with_boxes_times_queries_at_most() -> None:
-    base = loss_bytes(25, 200)  # the fewest of which shortlists are made
-    assert base > 2 * 2 * 25 * 200 * 8  # the costs alone
-    assert loss_bytes(50, 200) <= 2 * base
-    assert loss_bytes(25, 400) <= 2 * base
-    assert loss_bytes(100, 800) <= 16 * base
+    for num_boxes, num_queries in [(20, 200), (24, 800)]:  # without shortlists, and with
+        base = loss_bytes(num_boxes, num_queries)
+        assert base > 2 * 2 * num_boxes * num_queries * 8  # the costs alone
+        assert loss_bytes(2 * num_boxes, num_queries) <= 2 * base
+        assert loss_bytes(num_boxes, 2 * num_queries) <= 2 * base
+        assert loss_bytes(4 * num_boxes, 4 * num_queries) <= 16 * base
 
 
 def test_many_costs_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

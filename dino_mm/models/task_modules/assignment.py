@@ -10,11 +10,12 @@ from scipy.optimize import linear_sum_assignment
 
 #: Of more costs the assignments are solved by threads; of fewer, these take more time to start than they save.
 MAX_COSTS_OF_ONE_THREAD = 1_500_000
-#: Shortlists save more time than they take from so many rows on, and so many columns for each.
-MIN_ROWS, MIN_COLUMNS_PER_ROW = 24, 8
-#: A row puts on the shortlist what costs it no more than the RANK-th best of the best columns of each of GROUPS groups,
-#: which are columns of equal number modulo GROUPS. Lower ranks often prove too short, higher ones take longer.
-RANK, GROUPS = 5, 16
+#: Sizes of which shortlists save time: fewer rows are assigned sooner than that, more compete too much, and the fewer
+#: columns there are, the more.
+MIN_ROWS, MAX_ROWS, MIN_COLUMNS = 24, 100, 800
+#: Columns of equal number modulo GROUPS are a group. A row puts on the shortlist what costs it no more than the best
+#: columns of so many groups, more where more rows compete: with fewer it proves too short too often, more take longer.
+GROUPS, MIN_RANK, ROWS_PER_RANK = 16, 3, 25
 
 
 class NotFiniteError(ValueError):
@@ -50,8 +51,8 @@ def assign(costs: NDArray, counts: Sequence[int]) -> NDArray[np.int64]:
     """
     num_problems, num_rows, num_cols = costs.shape
     everything = np.ones((num_problems, num_cols), bool)
-    few = num_rows < MIN_ROWS or num_cols < MIN_COLUMNS_PER_ROW * num_rows
-    if few or costs.size > MAX_COSTS_OF_ONE_THREAD:
+    suitable = MIN_ROWS <= num_rows <= MAX_ROWS and num_cols >= MIN_COLUMNS
+    if not suitable or costs.size > MAX_COSTS_OF_ONE_THREAD:
         return _solve(costs, counts, everything)
     mask = np.arange(num_rows) < np.array(counts)[:, None]
     shortlists = _shortlists(costs, mask)
@@ -93,7 +94,8 @@ def _shortlists(costs: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     # Groups in two halves first, for reductions are fast over rows as long as a CPU's vectors.
     width = 2 * GROUPS
     best = torch.from_numpy(costs[..., : costs.shape[2] // width * width]).unflatten(2, (-1, width)).amin(2)
-    limits = np.partition(best.unflatten(2, (2, GROUPS)).amin(2).numpy(), RANK - 1)[..., RANK - 1]
+    rank = MIN_RANK + mask.shape[1] // ROWS_PER_RANK
+    limits = np.partition(best.unflatten(2, (2, GROUPS)).amin(2).numpy(), rank - 1)[..., rank - 1]
     limits[~mask] = -np.inf
     excess = (torch.from_numpy(costs) - torch.from_numpy(limits)[..., None]).amin(1)
     return ~(excess.numpy() > 0)
@@ -117,11 +119,10 @@ def _proven(
     prices, bids = torch.zeros_like(own), torch.empty_like(gains)
     for _ in range(num_rows):  # the longest chain of rows of which each drives up the price of the next one's column
         risen = torch.add(gains, prices[..., None], out=bids).amax(1)
-        settled = (risen <= prices).numpy() | ~mask
-        if settled.all():
+        if (risen <= prices).numpy()[mask].all():
             break
         prices = risen
     barred = torch.from_numpy(np.where(shortlists, costs.dtype.type(np.inf), costs.dtype.type(0)))
     off_shortlist = (torch.from_numpy(costs) + barred[:, None]).amin(2)
-    wants_none = (own + prices < off_shortlist).numpy()
-    return (settled & wants_none & (columns < num_cols) | ~mask).all(1)
+    content = (own + prices < off_shortlist).numpy() & (columns < num_cols)
+    return (content | ~mask).all(1)
