@@ -94,13 +94,21 @@ class HungarianMatcher:
         giou = generalized_iou(corners(boxes), corners(target_boxes))
         cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(giou, alpha=self.cost_giou)
         del giou
-        return self._add_focal_cost(cost, scores, targets.labels)
+        return self._add_class_cost(cost, scores, targets.labels)
 
-    def _add_focal_cost(self, cost: Tensor, scores: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Add what the focal loss would be for an object of that label, less what it is for background."""
-        # Only the columns of classes that occur are needed: gather first, then compute.
+    def _add_class_cost(self, cost: Tensor, scores: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Add the focal costs of the objects' classes."""
         images = torch.arange(len(labels), device=labels.device)[:, None]
-        p = torch.cat([layers.transpose(2, 3)[:, images, labels] for layers in scores]).sigmoid_()
+        logits = [layers.transpose(2, 3) for layers in scores]
+        # Looking up costs takes longer than looking up logits, so that it pays for many more objects than classes only.
+        if labels.shape[1] < 2 * logits[0].shape[2]:
+            return self._add_focal_cost(cost, torch.cat([layers[:, images, labels] for layers in logits]))
+        costs = torch.cat([self._add_focal_cost(torch.zeros_like(layers), layers.clone()) for layers in logits])
+        return cost.add_(costs[:, images, labels])
+
+    def _add_focal_cost(self, cost: Tensor, logits: Tensor) -> Tensor:
+        """Add what the focal loss would be for an object of that class, less for background; overwrites ``logits``."""
+        p = logits.sigmoid_()
         q = 1 - p
         log_p = (p + 1e-8).log_()
         cost.addcmul_(log_p, q**self.gamma, value=-self.alpha * self.cost_class)
