@@ -151,7 +151,11 @@ def measure_point(point: Point, works: Sequence[str], repeats: int) -> dict[str,
 def measure_work(work: str, workers: dict[str, Worker], repeats: int) -> Iterator[dict[str, Any]]:
     """All measures of one work. Memory comes first: a process keeps much of what it once used."""
     name = work.replace('-', ' ')
-    memory = {side: [worker('memory', work)] for side, worker in workers.items()}
+    # Whole steps take so much that chance does not show: once is enough.
+    memory = {
+        side: [worker('memory', work) for _ in range(1 if work in WHOLE else repeats)]
+        for side, worker in workers.items()
+    }
     counts = {side: worker('count', work) for side, worker in workers.items()}
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(repeats):
