@@ -70,11 +70,10 @@ class HungarianMatcher:
             return torch.full((num_layers, bs, targets.boxes.shape[1]), num_queries, device=boxes.device)
         costs = self.cost(scores, boxes, targets).cpu().numpy()
         try:
-            match = assign(costs.reshape(-1, *costs.shape[2:]), targets.counts * num_layers)
+            match = assign(costs, targets.counts)
         except NotFiniteError as error:
-            layer, image = divmod(error.problem, bs)
-            raise _not_finite(layer, image, targets, scores[0].shape[-1]) from None
-        return torch.from_numpy(match.reshape(costs.shape[:3])).to(boxes.device, non_blocking=True)
+            raise _not_finite(error.layer, error.image, targets, scores[0].shape[-1]) from None
+        return torch.from_numpy(match).to(boxes.device, non_blocking=True)
 
     def cost(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
         """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
