@@ -22,6 +22,8 @@ class FeatureLevels(NamedTuple):
     """The same as an integer tensor (num_levels, 2) on the model's device, as mmcv's op wants it."""
     start_index: Tensor
     """(num_levels,), index of each level's first token."""
+    sizes: Tensor
+    """(num_levels, 2), (width, height) of every level."""
     valid_ratios: Tensor
     """(bs, num_levels, 2), part of the (width, height) that is image, not padding."""
 

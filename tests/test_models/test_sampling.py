@@ -19,8 +19,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 def make_levels(*shapes: tuple[int, int], device: str = 'cpu') -> FeatureLevels:
     shape_tensor = torch.tensor(shapes)
     area = shape_tensor.prod(1)
+    start_index, valid_ratios = area.cumsum(0) - area, torch.ones(1, len(shapes), 2)
     return FeatureLevels(
-        shapes, shape_tensor.to(device), (area.cumsum(0) - area).to(device), torch.ones(1, len(shapes), 2)
+        shapes, shape_tensor.to(device), start_index.to(device), shape_tensor.flip(-1).to(device), valid_ratios
     )
 
 
@@ -36,7 +37,7 @@ def make_inputs(
 ) -> Inputs:
     num_levels, num_tokens = len(levels.shapes), sum(height * width for height, width in levels.shapes)
     samples = (bs, num_queries, num_heads, num_levels, num_points)
-    size = levels.shape_tensor.flip(1)[:, None].double()
+    size = levels.sizes[:, None].double()
     locations = {
         'anywhere': lambda: torch.rand(*samples, 2).double() * 1.6 - 0.3,
         'far outside': lambda: torch.randn(*samples, 2).double() * 1e4,

@@ -57,6 +57,7 @@ def sampling_grid(feature: Tensor, offset_scale: float = 1.0) -> SamplingGrid:
         shapes=((height, width),),
         shape_tensor=size.flip(0).long()[None],
         start_index=size.new_zeros(1, dtype=torch.long),
+        sizes=size[None],
         valid_ratios=size.new_ones(1, 1, 2),
     )
     return SamplingGrid(centers.view(-1, 1, 1, 1, 2) + kernel / size, offset_scale / size, levels)

@@ -24,24 +24,26 @@ def flatten_levels(
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
     """
-    masks, sizes = valid_area(feats, samples)
+    masks, valid_sizes = valid_area(feats, samples)
     positions = [
         positional_encoding(mask, input=feat).to(level_embed).flatten(2).transpose(1, 2) + embed
         for feat, mask, embed in zip(feats, masks, level_embed, strict=True)
     ]
     shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
     shape_tensor = torch.tensor(shapes, device=level_embed.device)
+    sizes = shape_tensor.flip(-1)
     levels = FeatureLevels(
         shapes=shapes,
         shape_tensor=shape_tensor,
         start_index=shape_tensor.prod(1).cumsum(0) - shape_tensor.prod(1),
-        valid_ratios=sizes / shape_tensor.flip(-1),
+        sizes=sizes,
+        valid_ratios=valid_sizes / sizes,
     )
     return Tokens(
         features=torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], 1),
         positions=torch.cat(positions, 1),
         centers=torch.cat(
-            [token_centers(shape, size) for shape, size in zip(shapes, sizes.unbind(1), strict=True)],
+            [token_centers(shape, size) for shape, size in zip(shapes, valid_sizes.unbind(1), strict=True)],
             1,
         ),
         padding_mask=None if masks[0] is None else torch.cat([m.flatten(1) for m in masks if m is not None], 1),
