@@ -29,6 +29,8 @@ CHEAPEST = 3
 PRICE_ROUNDS, DISCOUNT = 6, 0.4
 #: A guess is tried so many times, each time with what was missing.
 MAX_TRIALS = 3
+#: Part of a layer's columns that has to be those of the layer before, or the layers after it are not guessed.
+ALIKE = 0.8
 
 
 class NotFiniteError(ValueError):
@@ -88,8 +90,9 @@ def assign(costs: NDArray, counts: Sequence[int]) -> NDArray[np.int64]:
             except ValueError:
                 raise NotFiniteError(layer, image) from None
             columns[layer, image, : len(cost)] = chosen
-            alike = proven is not None or layer == layers[0]
-            before = (cost, chosen) if alike and MAX_ROWS < len(cost) <= num_cols else None
+            first = layer == layers[0] and MAX_ROWS < len(cost) <= num_cols
+            alike = before is not None and proven is not None and _share(chosen, before[1], num_cols) >= ALIKE
+            before = (cost, chosen) if first or alike else None
 
     threads = torch.get_num_threads() if costs.size > MAX_COSTS_OF_ONE_THREAD else 1
     # With more threads than images, the layers of an image are several series.
@@ -101,6 +104,13 @@ def assign(costs: NDArray, counts: Sequence[int]) -> NDArray[np.int64]:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(solve, images, layers))  # a list, for the errors
     return columns
+
+
+def _share(columns: NDArray[np.int64], others: NDArray[np.int64], num_cols: int) -> float:
+    """Part of the columns that are among the others."""
+    known = np.zeros(num_cols, bool)
+    known[others] = True
+    return known[columns].mean()
 
 
 def _solve(cost: NDArray) -> NDArray[np.int64]:
@@ -133,10 +143,13 @@ def _try(cost: NDArray, guess: Guess) -> NDArray[np.int64] | None:
         free = np.ones(len(few), bool)
         free[chosen] = False
         missing = (cost < part[:, free].min(1, initial=np.inf)[:, None]).any(0) & ~candidates
-        if not missing.any() and not prices[few[free]].any():
+        too_high = few[free & (prices[few] > 0)]
+        if not missing.any() and not too_high.size:
             return few[chosen]
         candidates |= missing
-        prices[few[free]] = 0
+        if too_high.size:  # others are likely to be too high as well
+            prices /= 2
+            prices[too_high] = 0
     return None
 
 
