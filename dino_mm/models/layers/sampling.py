@@ -1,8 +1,7 @@
 """Weighted bilinear samples of feature maps, the core of deformable attention, and the choice of what runs them."""
 
 import warnings
-from collections.abc import Callable
-from itertools import product
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,47 +50,59 @@ def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Fea
 
 
 class Geometry(NamedTuple):
-    """What does not depend on where the samples are, ``num_samples = num_heads * num_levels * num_points`` a query."""
+    """What does not depend on where the samples are, ``num_samples = num_heads * num_levels * num_points`` a query.
 
-    sizes: Tensor
-    """(2, 1, num_samples), (width, height) of each sample's level, in the precision of the locations."""
+    Values are read from levels with a border of zeros, two pixels above and below, one left and right: a row is next to
+    the one below it, so that these are two as well. What is outside of a level then is read as any other pixel.
+    """
+
     half_sizes: Tensor
+    """(2, 1, 1, num_samples), half of (width, height) of each sample's level, in the precision of the locations."""
     minus_half: Tensor
     """() a number."""
     first: Tensor
-    """() 0, the first pixel."""
+    """() int32 -2, the first pixel of both borders."""
     last: Tensor
-    """(2, 1, 1, num_samples), the last one, ``sizes - 1``."""
-    strides: Tensor
-    """(2, 1, 1, num_samples) int32, from a pixel's value to that of its right and of its lower neighbour."""
+    """(2, 1, 1, num_samples) int32, (width, height): the last pixel that has a neighbour in the borders."""
+    row: Tensor
+    """(num_samples,) int32, from a pixel to the one below it."""
     start: Tensor
-    """(num_samples,) int32, the first value of each sample's level and head."""
+    """(bs, 1, num_samples) int32, the first pixel of each sample's image, head and level."""
+    places: Tensor
+    """(num_tokens,), where each token is among the pixels of all levels and borders."""
+    num_places: int
+    """Number of these pixels."""
 
 
-class Corners(NamedTuple):
-    """The four pixels around every sample: its two columns times its two rows.
+class Samples(NamedTuple):
+    """Where samples are; a bag is one head of one query with ``bag_size = num_levels * num_points`` of them."""
 
-    All are (2 axes, 2 corners, num_bags, bag_size), axes (x, y), corners (left, right) or (upper, lower). A bag is one
-    head of one query with its samples in all levels, ``bag_size = num_levels * num_points``.
+    pixel: Tensor
+    """(bs, num_queries, num_heads, bag_size) int32, the upper left of the four pixels around each sample."""
+    share: Tensor
+    """(2, bs, num_queries, num_heads, bag_size), weights in linear interpolation of the right and of the lower ones."""
+
+
+class Matrix(NamedTuple):
+    """A sparse matrix with a row for each bag, head after head, and a column for each pixel, row by row.
+
+    In a row come first the upper left pixels of all samples, then the upper right, the lower left, the lower right.
     """
 
-    place: Tensor
-    """int32, what x and y add to the place of the pixel's value. Outside of the level it is that of a pixel on the
-    border, so that there always is something to read."""
-    share: Tensor
-    """Weight in linear interpolation, 0 outside of the level."""
-    inside: Tensor
-    """1 inside of the level, else 0; a number, to be multiplied."""
+    starts: Tensor
+    """(bs * num_heads * num_queries + 1,) int32, where each row starts among the entries."""
+    columns: Tensor
+    """(num_entries,) int32, the column of each entry."""
+    entries: Tensor
+    """(num_entries,), the share of the pixel times the weight of the sample."""
 
 
 class SparseSampling(torch.autograd.Function):
-    """The samples as product of a sparse matrix and the values, image by image.
+    """The samples as product of a sparse matrix and the values.
 
-    The matrix, (num_bags, num_tokens * num_heads), has in each row the four corners of each of the bag's samples. The
-    output is its product with the values, (num_tokens * num_heads, dim / num_heads). The gradient of the values is the
-    transposed product with the output's gradient; that of an entry of the matrix is the dot product of the row of
-    gradients and the row of values that meet there. So no sampled value is ever stored, and for the backward pass
-    only the inputs are. One image at a time bounds the memory, and is faster than a batch at once.
+    The gradient of the values is the transposed product with the output's gradient; that of an entry of the matrix is
+    the dot product of the row of gradients and the row of values that meet there. So no sampled value is ever stored,
+    and for the backward pass only where the samples are. Head after head, for a CPU's caches hold the values of one.
     """
 
     @staticmethod
@@ -99,138 +110,160 @@ class SparseSampling(torch.autograd.Function):
         ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         """See :func:`sample_levels`."""
-        ctx.geometry = make_geometry(locations, shapes)
-        ctx.save_for_backward(value, locations, weights)
-        outputs = []
-        for rows, points, scores in zip(value.flatten(1, 2), locations, weights, strict=True):
-            index, entries = matrix_entries(find_corners(points, ctx.geometry), scores)
-            outputs.append(F.embedding_bag(index, rows, per_sample_weights=entries, mode='sum'))
-        return torch.stack(outputs).view(*weights.shape[:2], value.shape[2] * value.shape[3])
+        ctx.geometry = geometry = make_geometry(shapes, len(value), *locations.shape[2:5:2], locations.dtype)
+        values, samples = pad_levels(value, geometry), find_samples(locations, geometry)
+        ctx.save_for_backward(values, *samples, weights)
+        starts, columns, entries = make_matrix(samples, weights, geometry)
+        output = F.embedding_bag(
+            columns, values, starts, mode='sum', per_sample_weights=entries, include_last_offset=True
+        )
+        return by_query(output, weights).flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of value, locations and weights."""
         # Read once only: what a checkpoint has computed again is handed out once.
-        inputs = value, locations, weights = ctx.saved_tensors
-        images = zip(value.flatten(1, 2), locations, weights, grad.contiguous(), strict=True)
-        grads = zip(*(image_grads(*image, ctx.geometry) for image in images), strict=True)
-        return *(torch.stack(g).view(x.shape) for g, x in zip(grads, inputs, strict=True)), None
+        (values, *places, weights), geometry = ctx.saved_tensors, ctx.geometry
+        samples = Samples(*places)
+        matrix = make_matrix(samples, weights, geometry)
+        bs, num_queries, num_heads, *_ = weights.shape
+        grad = grad.view(bs, num_queries, num_heads, values.shape[1]).transpose(1, 2).flatten(0, 2)
+        grad_values = transposed_product(matrix, grad, len(values))
+        grad_entries = entry_grads(matrix, values, grad)  # overwrites the entries
+        return (
+            grad_values.view(bs, num_heads, geometry.num_places, -1).transpose(1, 2)[:, geometry.places],
+            *sample_grads(grad_entries, samples, weights, geometry),
+            None,
+        )
 
 
-def make_geometry(locations: Tensor, shapes: tuple[tuple[int, int], ...]) -> Geometry:
-    """Geometry of levels with these shapes, (height, width). The host makes it: many tiny steps."""
-    num_heads, num_levels, num_points = locations.shape[2:5]
+@lru_cache(maxsize=16)
+def make_geometry(
+    shapes: tuple[tuple[int, int], ...], bs: int, num_heads: int, num_points: int, dtype: torch.dtype
+) -> Geometry:
+    """Geometry of levels with these shapes, (height, width), for locations of type ``dtype``.
 
-    def per_sample(of_level: np.ndarray) -> np.ndarray:
-        return np.tile(of_level.repeat(num_points, -1), num_heads)
+    The host makes it, many tiny steps, once for all layers.
+    """
+
+    def per_sample(of_level: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.tile(of_level.repeat(num_points, -1), num_heads))
 
     height, width = np.array(shapes).T
-    sizes = torch.from_numpy(per_sample(np.stack([width, height]))[:, None]).to(locations)
-    strides = per_sample(np.stack([np.ones_like(width), width]))[:, None, None] * num_heads
-    heads = np.arange(num_heads).repeat(num_levels * num_points)
-    start = per_sample(np.cumsum(height * width) - height * width) * num_heads + heads
+    area = (height + 4) * (width + 2)
+    # The upper left pixel reads one before the first, the lower right one after the last.
+    level_start = 1 + np.cumsum(area) - area + 2 * (width + 2) + 1
+    bag_size = len(shapes) * num_points
+    # torch allows no more entries in a row of a matrix than it has columns.
+    num_places = max(int(area.sum()) + 2, 4 * bag_size)
+    head_start = torch.arange(bs * num_heads).view(bs, 1, num_heads) * num_places
+    sizes = per_sample(np.stack([width, height]))[:, None, None]
+    places = [
+        start + (np.arange(h)[:, None] * (w + 2) + np.arange(w)).ravel()
+        for (h, w), start in zip(shapes, level_start, strict=True)
+    ]
     return Geometry(
-        sizes,
-        half_sizes=sizes / 2,
-        minus_half=sizes.new_full((), -0.5),
-        first=sizes.new_zeros(()),
-        last=(sizes - 1)[:, None],
-        strides=torch.from_numpy(strides.astype(np.int32)),
-        start=torch.from_numpy(start.astype(np.int32)),
+        half_sizes=sizes.to(dtype) / 2,
+        minus_half=torch.tensor(-0.5, dtype=dtype),
+        first=torch.tensor(-2, dtype=torch.int32),
+        last=sizes.int(),
+        row=per_sample(width + 2).int(),
+        start=(head_start.repeat_interleave(bag_size, -1) + per_sample(level_start)).int(),
+        places=torch.from_numpy(np.concatenate(places)),
+        num_places=num_places,
     )
 
 
-def find_corners(locations: Tensor, geometry: Geometry) -> Corners:
-    """Corners of the samples at ``locations``, (num_queries, num_heads, num_levels, num_points, 2)."""
-    num_queries, num_heads, num_levels, num_points, _ = locations.shape
+def pad_levels(value: Tensor, geometry: Geometry) -> Tensor:
+    """Values (bs, num_tokens, num_heads, dim / num_heads) of all pixels, those of the borders included.
+
+    Returns:
+        (bs * num_heads * num_places, dim / num_heads).
+    """
+    bs, _, num_heads, width = value.shape
+    padded = value.new_zeros(bs, num_heads, geometry.num_places, width)
+    return padded.index_copy_(2, geometry.places, value.transpose(1, 2)).view(-1, width)
+
+
+def by_query(bags: Tensor, weights: Tensor) -> Tensor:
+    """View of (bs * num_heads * num_queries, ...) as (bs, num_queries, num_heads, ...), the sizes of ``weights``."""
+    bs, num_queries, num_heads = weights.shape[:3]
+    return bags.view(bs, num_heads, num_queries, *bags.shape[1:]).transpose(1, 2)
+
+
+def find_samples(locations: Tensor, geometry: Geometry) -> Samples:
+    """Where the samples at ``locations``, (bs, num_queries, num_heads, num_levels, num_points, 2), are."""
+    bs, num_queries, num_heads, num_levels, num_points, _ = locations.shape
     # Axis by axis in memory: short or strided innermost loops would take several times as long.
-    planes = locations.reshape(num_queries, num_heads * num_levels * num_points, 2).movedim(-1, 0).contiguous()
+    num_samples = num_heads * num_levels * num_points
+    planes = locations.reshape(bs, num_queries, num_samples, 2).movedim(-1, 0).contiguous()
     # The arithmetic of F.grid_sample to the last rounding, hence addcmul: a location's gradient jumps where a pixel's
     # centre is, and there most samples of a new model are.
     position = torch.addcmul(geometry.minus_half, planes.mul(2).sub_(1).add_(1), geometry.half_sizes)
-    lower = position.floor()
-    share = position.sub_(lower)
-    # A sample that is nowhere (NaN) reads some pixel as well; its share remains NaN, and so will the output.
-    pixel = torch.stack([lower, lower + 1], 1).nan_to_num_()
-    clamped = pixel.clamp(geometry.first, geometry.last)
-    inside = pixel.eq_(clamped)
-
-    place = clamped.int().mul_(geometry.strides)
-    place[1].add_(geometry.start)
-    corners = (place, torch.stack([1 - share, share], 1).mul_(inside), inside)
-    return Corners(*(x.view(2, 2, num_queries * num_heads, num_levels * num_points) for x in corners))
+    corner = position.floor()
+    share = position.sub_(corner)
+    # A sample that is nowhere (NaN) reads some pixel as well, for integers are clamped, whatever they were made from;
+    # its share remains NaN, and so will the output.
+    x, y = corner.int().clamp_(geometry.first, geometry.last).unbind()
+    pixel = torch.addcmul(geometry.start, y, geometry.row).add_(x)
+    bags = (bs, num_queries, num_heads, num_levels * num_points)
+    return Samples(pixel.view(bags), share.view(2, *bags))
 
 
-def matrix_entries(corners: Corners, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns and values of the matrix, (num_bags, 4 * bag_size) both: all upper left corners, upper right, ..."""
-    (x_place, y_place), (x_share, y_share) = corners.place, corners.share
-    index = combine(torch.add, y_place, x_place)
-    return index, combine(torch.mul, y_share * weights.reshape(y_share.shape[1:]), x_share)
-
-
-def combine(operation: Callable, rows: Tensor, columns: Tensor) -> Tensor:
-    """Each of two rows with each of two columns, (2, num_bags, bag_size) both, to (num_bags, 4 * bag_size)."""
-    corners = rows.new_empty(rows.shape[1], 4, rows.shape[2])
+def make_matrix(samples: Samples, weights: Tensor, geometry: Geometry) -> Matrix:
+    """The matrix for samples with ``weights``, (bs, num_queries, num_heads, num_levels, num_points)."""
+    bs, num_queries, num_heads, bag_size = samples.pixel.shape
+    shape = (bs * num_heads * num_queries, 4, bag_size)
     # One operation with broadcasting takes eight times as long, for its innermost loops.
-    for (row, column), corner in zip(product(rows, columns), corners.unbind(1), strict=True):
-        operation(row, column, out=corner)
-    return corners.flatten(1)
+    columns = samples.pixel.new_empty(shape)
+    upper_left, upper_right, lower_left, lower_right = by_query(columns, weights).unbind(3)
+    upper_left.copy_(samples.pixel)
+    torch.add(samples.pixel, 1, out=upper_right)
+    torch.add(samples.pixel, geometry.row[:bag_size], out=lower_left)
+    torch.add(lower_left, 1, out=lower_right)
+
+    entries = weights.new_empty(shape)
+    upper_left, upper_right, lower_left, lower_right = by_query(entries, weights).unbind(3)
+    right, below = samples.share.unbind()
+    weights = weights.flatten(3)
+    lower = weights * below
+    upper = weights - lower
+    torch.mul(upper, right, out=upper_right)
+    torch.sub(upper, upper_right, out=upper_left)
+    torch.mul(lower, right, out=lower_right)
+    torch.sub(lower, lower_right, out=lower_left)
+    starts = torch.arange(0, columns.numel() + 1, 4 * bag_size, dtype=columns.dtype)
+    return Matrix(starts, columns.view(-1), entries.view(-1))
 
 
-def image_grads(
-    rows: Tensor, points: Tensor, scores: Tensor, grad: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one image's values, locations and weights; ``grad``, (num_queries, dim), is the output's."""
-    corners = find_corners(points, geometry)
-    index, entries = matrix_entries(corners, scores)
-    grad = grad.view(len(index), rows.shape[1])
-    grad_rows = transposed_product(index, entries, grad, len(rows))
-    grad_entries = entry_grads(index, entries, rows, grad)  # overwrites the entries
-    return grad_rows, *sample_grads(grad_entries, corners, scores, geometry)
-
-
-def row_starts(index: Tensor) -> Tensor:
-    """Where each row of the matrix starts among its entries, (num_bags + 1,)."""
-    return torch.arange(0, index.numel() + 1, index.shape[1], dtype=index.dtype)
-
-
-def transposed_product(index: Tensor, entries: Tensor, grad: Tensor, num_rows: int) -> Tensor:
-    """The transposed matrix times ``grad``, (num_bags, dim / num_heads) to (num_rows, dim / num_heads).
+def transposed_product(matrix: Matrix, grad: Tensor, num_columns: int) -> Tensor:
+    """The transposed matrix times ``grad``, (num_rows, dim / num_heads) to (num_columns, dim / num_heads).
 
     torch would sort the entries first, which takes twenty times as long as the product; scipy just adds row to row.
     """
-    numbers = (entries.flatten().numpy(), index.flatten().numpy(), row_starts(index).numpy())
-    return torch.from_numpy(csc_array(numbers, shape=(num_rows, len(index))) @ grad.numpy())
+    starts, columns, entries = (x.numpy() for x in matrix)
+    return torch.from_numpy(csc_array((entries, columns, starts), shape=(num_columns, len(grad))) @ grad.numpy())
 
 
-def entry_grads(index: Tensor, entries: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    """Dot products of the rows of ``grad`` and of values that meet in the matrix, written over its ``entries``."""
-    if len(rows) < index.shape[1]:
-        # torch allows no more entries than the matrix has places; corners clamped to the pixels of tiny maps are more.
-        rows = F.pad(rows, (0, 0, 0, index.shape[1] - len(rows)))
-    shape = (len(index), len(rows))
-    numbers = (row_starts(index), index.flatten(), entries.flatten())
-    matrix = torch.sparse_csr_tensor(*numbers, shape, check_invariants=False)
-    torch.sparse.sampled_addmm(matrix, grad, rows.t(), beta=0.0, out=matrix)
-    return entries
+def entry_grads(matrix: Matrix, values: Tensor, grad: Tensor) -> Tensor:
+    """Dot products of the rows of ``grad`` and of ``values`` that meet in the matrix, written over its entries."""
+    product = torch.sparse_csr_tensor(*matrix, (len(grad), len(values)), check_invariants=False)
+    torch.sparse.sampled_addmm(product, grad, values.t(), beta=0.0, out=product)
+    return matrix.entries
 
 
-def sample_grads(grad_entries: Tensor, corners: Corners, weights: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Gradients of an image's locations and weights from that of the matrix' entries."""
-    (left, right), (upper, lower) = corners.share
-    (left_inside, right_inside), (upper_inside, lower_inside) = corners.inside
-    upper_left, upper_right, lower_left, lower_right = grad_entries.view(len(left), 4, left.shape[1]).unbind(1)
-    in_upper = upper_left * left + upper_right * right
-    in_lower = lower_left * left + lower_right * right
-    in_left = upper_left * upper + lower_left * lower
-    in_right = upper_right * upper + lower_right * lower
-
-    # As a sample moves by one pixel, all of its share goes over from one corner to the other.
+def sample_grads(grad_entries: Tensor, samples: Samples, weights: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Gradients of locations and weights from those of the matrix' entries, (num_entries,)."""
+    right, below = samples.share.unbind()
+    corners = by_query(grad_entries.view(-1, 4, right.shape[-1]), weights)
+    upper_left, upper_right, lower_left, lower_right = corners.unbind(3)
+    in_upper, in_lower = torch.lerp(upper_left, upper_right, right), torch.lerp(lower_left, lower_right, right)
+    # As a sample moves by one pixel, all of its share goes over from one pixel to its neighbour.
     by_pixel = torch.stack([
-        in_right * right_inside - in_left * left_inside,
-        in_lower * lower_inside - in_upper * upper_inside,
+        torch.lerp(upper_right - upper_left, lower_right - lower_left, below),
+        in_lower - in_upper,
     ])  # fmt: skip
-    by_pixel *= weights.reshape(left.shape)
-    grad_locations = by_pixel.view(2, len(weights), geometry.start.numel()).mul_(geometry.sizes).movedim(0, -1)
-    return grad_locations, in_upper * upper + in_lower * lower
+    by_pixel *= weights.flatten(3)
+    grad_locations = by_pixel.flatten(3).mul_(geometry.last).movedim(0, -1)
+    return grad_locations.view(*weights.shape, 2), torch.lerp(in_upper, in_lower, below).view(weights.shape)
