@@ -122,9 +122,9 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
     boxes = [sample.gt_instances.bboxes for sample in samples]
     labels = [sample.gt_instances.labels for sample in samples]
     counts = [len(b) for b in boxes]
-    # The extra sequence of length one keeps at least one slot, so that no code below meets an empty axis.
-    padded_boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]
-    padded_labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1].long()
+    padded_boxes, padded_labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True).long()
+    if not any(counts):  # one slot nevertheless, so that no code below meets an empty axis
+        padded_boxes, padded_labels = padded_boxes.new_zeros(len(boxes), 1, 4), padded_labels.new_zeros(len(boxes), 1)
     sizes = padded_boxes.new_tensor([sample.img_shape[:2][::-1] * 2 for sample in samples])
     slots = torch.arange(padded_boxes.shape[1], device=padded_boxes.device)
     mask = slots < torch.tensor(counts, device=padded_boxes.device)[:, None]

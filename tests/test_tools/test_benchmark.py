@@ -17,7 +17,16 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dino_mm.engine.comparison import Setting, largest_difference, make_batch, mmdet_config, our_config
+from dino_mm.engine.comparison import (
+    COMPONENTS,
+    WHOLE,
+    Setting,
+    Side,
+    largest_difference,
+    make_batch,
+    mmdet_config,
+    our_config,
+)
 from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
 from dino_mm.models.task_modules import hungarian_matcher
 
@@ -218,6 +227,19 @@ def test_training_step_and_inference(tmp_path: Path) -> None:
     assert measures['training step, host waits, forward']['kinds']['mmdet'][LABEL_CHECK] == 10
     rows = [line for line in done.stdout.splitlines() if line.startswith(('inference', 'training'))]
     assert [row.split('  ')[0] for row in rows] == [m['name'] for m in result['measures'] if m['shown']]
+
+
+@pytest.mark.filterwarnings('ignore:.*instance named of benchmark')  # both sides log in one process here
+@pytest.mark.parametrize(('batch', 'boxes'), [(1, 8), (2, 100), (4, 1), (4, 60)])
+def test_no_part_calls_more_operators_than_mmdets(batch: int, boxes: int) -> None:
+    """As a CPU runs it, in either pass, however many images and boxes."""
+    config, tiny = 'dino-resnet/dino_r50_4scale_12ep.py', TINY | {'model.neck.in_channels': [16, 32, 64]}
+    setting = Setting(config, tiny, 64, 96, batch, boxes, threads=torch.get_num_threads())
+    ours, mmdet = (Side(side, setting) for side in ('ours', 'mmdet'))
+    for work in (*COMPONENTS, *WHOLE):
+        counts, limits = ours.count(work), mmdet.count(work)
+        for phase, count in counts.items():
+            assert count['calls'].total() <= limits[phase]['calls'].total(), f'{work}, {phase}'
 
 
 def test_components_growth_and_picture(tmp_path: Path) -> None:

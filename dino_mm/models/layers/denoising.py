@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
+from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -32,8 +32,10 @@ def noise_boxes(boxes: Tensor, sign: Tensor, draw: Tensor, scale: float) -> Tens
     Source: DINO, section 3.3.
     """
     is_negative = torch.arange(2, device=boxes.device, dtype=boxes.dtype).view(2, 1, 1)
-    half_size = boxes[..., 2:].tile(2) / 2
-    corners = bbox_cxcywh_to_xyxy(boxes) + (draw + is_negative) * sign * half_size * scale
+    center, size = boxes.split(2, -1)
+    half_size = size / 2
+    corners = torch.cat([center - half_size, center + half_size], -1)
+    corners = corners + (draw + is_negative) * sign * half_size.tile(2) * scale
     return bbox_xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
 
 
@@ -42,8 +44,8 @@ def visible_queries(num_groups: int, group_size: int, num_queries: int, device: 
 
     No query sees a denoising query of another group, so ground truth cannot leak; matching queries see none at all.
     """
-    group = torch.arange(num_groups, device=device).repeat_interleave(group_size)
-    return F.pad(group[:, None] == group[None, :], (0, num_queries), value=True)
+    group = torch.arange(num_groups * group_size, device=device) // group_size
+    return F.pad(group[:, None] == group, (0, num_queries), value=True)
 
 
 @MODELS.register_module()
@@ -97,16 +99,17 @@ class CDNGenerator(BaseModule):
         """
         slots = max(targets.counts)
         num_groups = max(1, self.num_dn_queries // slots) if slots else 0
-        labels = targets.labels[:, None, None].repeat(1, num_groups, 2, 1)
-        boxes = targets.boxes[:, None, None].repeat(1, num_groups, 2, 1, 1)
+        halves = (num_groups, 2, targets.mask.shape[1])
+        labels = targets.labels.repeat(1, 2 * num_groups).unflatten(1, halves)
+        boxes = targets.boxes.repeat(1, 2 * num_groups, 1).unflatten(1, halves)
         labels, boxes = self.add_noise(labels, boxes)
 
-        mask = targets.mask[:, None, None, :, None]
-        content = self.label_embedding(labels) * mask
-        reference = box_logits(boxes).masked_fill(~mask, 0.0).sigmoid()
+        mask = targets.mask.repeat(1, 2 * num_groups)[..., None]
+        content = self.label_embedding(labels.flatten(1)) * mask
+        reference = box_logits(boxes.flatten(1, 3)).masked_fill(~mask, 0.0).sigmoid()
         return DenoisingQueries(
-            content.flatten(1, 3),
-            reference.flatten(1, 3),
+            content,
+            reference,
             visible_queries(num_groups, 2 * slots, num_queries, boxes.device),
             num_groups,
         )
