@@ -68,9 +68,23 @@ def test_a_training_step_waits_once_and_calls_no_more_than_it_did(step: tuple) -
 
 
 def test_boxes_do_not_add_operators(model: DINO, step: tuple) -> None:
-    for few, many in zip(step, count_step(model, (60, 100)), strict=True):
+    for few, many in zip(step, count_step(model, (60, 79)), strict=True):
         assert many.calls == few.calls
         assert many.waits == few.waits
+
+
+def test_boxes_add_operators_to_matching_once() -> None:
+    """Where costs are computed layer by layer, and then no more."""
+    counters = []
+    for num_boxes in (79, 80, 150):
+        targets = collate_targets(make_samples((num_boxes, 1))[1], num_classes=80)
+        with OperatorCounter() as counter:
+            HungarianMatcher()([torch.randn(7, 2, 900, 80)], torch.rand(7, 2, 900, 4), targets)
+        counters.append(counter)
+    few, many, more = counters
+    assert few.waits == many.waits == more.waits == WAITS
+    assert few.num_calls < many.num_calls < 7 * few.num_calls
+    assert more.calls == many.calls
 
 
 def test_boxes_do_not_add_operators_to_matching_among_many_queries() -> None:

@@ -13,7 +13,7 @@ from .assignment import NotFiniteError, assign
 
 #: Pairs of a query and an object, in all layers and images, of which the costs are computed at once. Of more they are
 #: computed layer by layer, which bounds the memory and suits a CPU's caches; of fewer, few operators are done sooner.
-MAX_PAIRS = 1_500_000
+MAX_PAIRS = 1_000_000
 
 
 @TASK_UTILS.register_module()
