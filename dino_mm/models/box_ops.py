@@ -26,6 +26,12 @@ def corners(boxes: Tensor) -> Tensor:
     return torch.cat([center - half_size, center + half_size])
 
 
+def center_size(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4), xyxy to cxcywh, in five operators, as the ground truth of a batch is small (mmdet's: eight)."""
+    start, end = boxes.split(2, -1)
+    return torch.cat([(start + end) * 0.5, end - start], -1)
+
+
 def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """GIoU of boxes as :func:`coordinates`, (4, ...), xyxy in [0, 1] of the image, broadcast against each other.
 
@@ -58,6 +64,12 @@ def l1_distance(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def box_logits(boxes: Tensor) -> Tensor:
     """Logits of ``boxes`` (..., 4) in [0, 1], cut off at ``REFERENCE_EPS``."""
     return inverse_sigmoid(boxes, eps=REFERENCE_EPS)
+
+
+def cut_off(boxes: Tensor) -> Tensor:
+    """``box_logits(boxes).sigmoid()``, without either."""
+    share, rest = boxes.clamp(REFERENCE_EPS, 1.0), (1 - boxes).clamp(REFERENCE_EPS, 1.0)
+    return share / (share + rest)
 
 
 def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:

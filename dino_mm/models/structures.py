@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .box_ops import center_size
 
 
 class FeatureLevels(NamedTuple):
@@ -128,7 +129,7 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
     sizes = padded_boxes.new_tensor([sample.img_shape[:2][::-1] * 2 for sample in samples])
     slots = torch.arange(padded_boxes.shape[1], device=padded_boxes.device)
     mask = slots < torch.tensor(counts, device=padded_boxes.device)[:, None]
-    normalized = bbox_xyxy_to_cxcywh(padded_boxes / sizes[:, None])
+    normalized = center_size(padded_boxes / sizes[:, None])
     unusable = _unusable(padded_boxes, padded_labels, num_classes) & mask
     return Targets(
         labels=padded_labels.clamp(0, num_classes - 1),
@@ -141,9 +142,10 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
 
 def _unusable(boxes: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """True for boxes (..., 4), xyxy, without area or not finite, and labels (...) outside the classes."""
-    sides = boxes[..., 2:] - boxes[..., :2]  # not finite where an end is not
+    start, end = boxes.split(2, -1)
+    sides = end - start  # not finite where an end is not
     has_area = ((sides > 0) & (sides < torch.inf)).all(-1)
-    return ~(has_area & (labels >= 0) & (labels < num_classes))
+    return ~(has_area & (labels == labels.clamp(0, num_classes - 1)))
 
 
 def describe_unusable_targets(targets: Targets, num_classes: int) -> str | None:

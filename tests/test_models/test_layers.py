@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.layers.transformer.utils import coordinate_to_encoding
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import nn
 
-from dino_mm.models.box_ops import encode_boxes
+from dino_mm.models.box_ops import box_logits, center_size, cut_off, encode_boxes
 from dino_mm.models.layers.attention import DeformableAttention, SelfAttention
-from dino_mm.models.layers.denoising import noise_boxes, noise_labels, visible_queries
+from dino_mm.models.layers.denoising import CDNGenerator, noise_boxes, noise_labels, visible_queries
 from dino_mm.models.layers.query_selector import encoder_proposals
 from dino_mm.models.layers.tokens import flatten_levels
 
@@ -38,7 +39,7 @@ def test_box_noise_keeps_positives_near_and_negatives_apart(seed, scale):
     boxes = torch.cat([center, size], -1).double()
     sign = torch.randint(2, shape, generator=generator) * 2 - 1
     draw = torch.rand(shape, generator=generator).double()
-    noised = noise_boxes(boxes, sign, draw, scale)
+    noised = noise_boxes(boxes, sign * draw, scale)
 
     def sorted_corners(cxcywh):
         a, b = cxcywh[..., :2] - cxcywh[..., 2:] / 2, cxcywh[..., :2] + cxcywh[..., 2:] / 2
@@ -54,9 +55,22 @@ def test_box_noise_keeps_positives_near_and_negatives_apart(seed, scale):
 def test_box_noise_clips_to_the_image():
     boxes = torch.tensor([0.05, 0.95, 0.1, 0.1], dtype=torch.float64).expand(1, 1, 2, 1, 4)
     sign = torch.tensor([-1.0, -1.0, 1.0, 1.0])
-    noised = noise_boxes(boxes, sign.expand_as(boxes), torch.full_like(boxes, 0.5), 1.0)
+    noised = noise_boxes(boxes, (0.5 * sign).expand_as(boxes), 1.0)
     # Positive: corners move by a quarter of the size, (-0.025, 0.875, 0.125, 1.025), clipped.
     torch.testing.assert_close(noised[0, 0, 0, 0], torch.tensor([0.0625, 0.9375, 0.125, 0.125]).double())
+
+
+def test_box_noise_is_drawn_evenly_in_both_directions():
+    # A tenth of the image around its centre: corners move by at most a tenth, so nothing is clipped.
+    boxes = torch.tensor([0.5, 0.5, 0.1, 0.1], dtype=torch.float64).expand(1, 1, 2, 20000, 4)
+    labels = torch.zeros(boxes.shape[:-1], dtype=torch.long)
+    torch.manual_seed(0)
+    _, noised = CDNGenerator(5, 8).add_noise(labels, boxes)
+    # Corners may swap, as boxes of negatives turn inside out, but not their sum: twice the centre.
+    centers = noised[0, 0, ..., :2]
+    torch.testing.assert_close(centers.mean(1), torch.full((2, 2), 0.5, dtype=torch.float64), rtol=0, atol=5e-4)
+    # The mean of two corners, each moved by a uniform draw from -0.05 to 0.05: 0.1 / sqrt(12) / sqrt(2).
+    torch.testing.assert_close(centers[0].std(0), torch.full((2,), 0.0204, dtype=torch.float64), rtol=0, atol=2e-4)
 
 
 def test_label_noise_replaces_below_the_probability():
@@ -138,6 +152,17 @@ def test_encoding_of_boxes_equals_mmdets(num_feats):
     boxes = torch.rand(2, 7, 4, dtype=torch.float64)
     expected = coordinate_to_encoding(boxes, num_feats=num_feats)
     torch.testing.assert_close(encode_boxes(boxes, num_feats), expected, rtol=0, atol=1e-14)
+
+
+def test_center_and_size_equal_mmdets():
+    boxes = torch.rand(2, 7, 4)
+    torch.testing.assert_close(center_size(boxes), bbox_xyxy_to_cxcywh(boxes), rtol=0, atol=0)
+
+
+def test_cut_off_boxes_are_those_of_their_logits():
+    boxes = torch.tensor([-0.5, 0.0, 0.0005, 0.001, 0.3, 0.9995, 1.0, 1.5, torch.nan], dtype=torch.float64)
+    expected = box_logits(boxes).sigmoid()
+    torch.testing.assert_close(cut_off(boxes), expected, rtol=0, atol=1e-15, equal_nan=True)
 
 
 @pytest.mark.parametrize('num_dn', [None, 0, 2, 4])

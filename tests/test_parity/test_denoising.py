@@ -40,7 +40,7 @@ def reference_noise(generator: CDNGenerator, targets: Targets, labels, boxes):
         return out
 
     labels = noise_labels(labels, padded(draw), padded(replacement), 0.25)
-    return labels, noise_boxes(boxes, padded(sign), padded(part), generator.box_noise_scale)
+    return labels, noise_boxes(boxes, padded(sign * part), generator.box_noise_scale)
 
 
 @pytest.mark.parametrize('noise', ['noise', 'clean'])

@@ -2,13 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
-from ..box_ops import box_logits
+from ..box_ops import center_size, cut_off
 from ..structures import DenoisingQueries, Targets
 
 
@@ -17,13 +16,12 @@ def noise_labels(labels: Tensor, draw: Tensor, replacement: Tensor, probability:
     return torch.where(draw < probability, replacement, labels)
 
 
-def noise_boxes(boxes: Tensor, sign: Tensor, draw: Tensor, scale: float) -> Tensor:
+def noise_boxes(boxes: Tensor, draw: Tensor, scale: float) -> Tensor:
     """Shift the two corners of each box, by less than half its size for positives, by more for negatives.
 
     Args:
         boxes: (bs, num_groups, 2, num_slots, 4) cxcywh in [0, 1]; positives at index 0 of dimension 2, negatives at 1.
-        sign: Same shape, -1 or 1.
-        draw: Same shape, uniform in [0, 1).
+        draw: Same shape, uniform in [-1, 1): how far each coordinate of the corners moves, and which way.
         scale: 1 lets a positive's corner move up to half the box's size, a negative's up to the whole.
 
     Returns:
@@ -33,10 +31,11 @@ def noise_boxes(boxes: Tensor, sign: Tensor, draw: Tensor, scale: float) -> Tens
     """
     is_negative = torch.arange(2, device=boxes.device, dtype=boxes.dtype).view(2, 1, 1)
     center, size = boxes.split(2, -1)
-    half_size = size / 2
+    half_size = size * 0.5
     corners = torch.cat([center - half_size, center + half_size], -1)
-    corners = corners + (draw + is_negative) * sign * half_size.tile(2) * scale
-    return bbox_xyxy_to_cxcywh(corners.clamp(0.0, 1.0))
+    shift = draw + is_negative.copysign(draw)
+    corners = corners + shift * torch.cat([half_size, half_size], -1) * scale
+    return center_size(corners.clamp(0.0, 1.0))
 
 
 def visible_queries(num_groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
@@ -99,14 +98,14 @@ class CDNGenerator(BaseModule):
         """
         slots = max(targets.counts)
         num_groups = max(1, self.num_dn_queries // slots) if slots else 0
-        halves = (num_groups, 2, targets.mask.shape[1])
-        labels = targets.labels.repeat(1, 2 * num_groups).unflatten(1, halves)
-        boxes = targets.boxes.repeat(1, 2 * num_groups, 1).unflatten(1, halves)
+        # Views, as objects are few: repeating them would take longer than all arithmetic on them.
+        labels = targets.labels[:, None, None].expand(-1, num_groups, 2, -1)
+        boxes = targets.boxes[:, None, None].expand(-1, num_groups, 2, -1, -1)
         labels, boxes = self.add_noise(labels, boxes)
 
-        mask = targets.mask.repeat(1, 2 * num_groups)[..., None]
-        content = self.label_embedding(labels.flatten(1)) * mask
-        reference = box_logits(boxes.flatten(1, 3)).masked_fill(~mask, 0.0).sigmoid()
+        mask = targets.mask[:, None, None].expand(labels.shape).flatten(1)[..., None]
+        content = self.label_embedding(labels.flatten(1)).mul_(mask)
+        reference = cut_off(boxes.flatten(1, 3)).masked_fill(~mask, 0.5)
         return DenoisingQueries(
             content,
             reference,
@@ -117,10 +116,10 @@ class CDNGenerator(BaseModule):
     def add_noise(self, labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Noise ``labels`` (bs, num_groups, 2, num_slots) and ``boxes`` (..., 4), both draws anew for every entry."""
         if self.label_noise_ratio > 0:
-            replacement = torch.randint_like(labels, self.num_classes)
-            draw = torch.rand_like(labels, dtype=boxes.dtype)
+            replacement = torch.randint(self.num_classes, labels.shape, device=labels.device)
+            draw = torch.rand(labels.shape, dtype=boxes.dtype, device=labels.device)
             labels = noise_labels(labels, draw, replacement, self.label_noise_ratio / 2)
         if self.box_noise_scale > 0:
-            sign = torch.randint_like(boxes, 2) * 2 - 1
-            boxes = noise_boxes(boxes, sign, torch.rand_like(boxes), self.box_noise_scale)
+            draw = boxes.new_empty(boxes.shape).uniform_(-1, 1)
+            boxes = noise_boxes(boxes, draw, self.box_noise_scale)
         return labels, boxes
