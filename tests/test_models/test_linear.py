@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_mm.models.layers import linear as module
 from dino_mm.models.layers.attention import SelfAttention
-from dino_mm.models.layers.linear import Linear, linear, run_ffn, use_fast_linear
+from dino_mm.models.layers.feed_forward import run_ffn
+from dino_mm.models.layers.linear import Linear, linear, use_fast_linear
 from dino_mm.models.layers.transformer import DINODecoder, DINOEncoder
 
 

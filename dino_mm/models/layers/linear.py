@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks.transformer import FFN
 from torch import Tensor, nn
 
 #: Its public place since torch 2.3, or the one before.
@@ -50,25 +49,23 @@ def as_tokens(maps: Tensor) -> Tensor:
     return maps.squeeze(2).transpose(1, 2)
 
 
-def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer as 1 x 1 convolution."""
-    return F.conv2d(maps, weight.view(*weight.shape, 1, 1), bias)
+def as_kernel(weight: Tensor) -> Tensor:
+    """A linear layer's weight, (out_features, in_features), as that of a 1 x 1 convolution."""
+    return weight.view(*weight.shape, 1, 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of tokens (bs, num_tokens, dim), in the faster way."""
     if runs_as_convolution(x):
-        return as_tokens(convolve(as_map(x), weight, bias))
+        return as_tokens(F.conv2d(as_map(x), as_kernel(weight), bias))
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` by :func:`linear`, which also takes a map (bs, dim, 1, num_tokens) and then gives one."""
+    """``nn.Linear`` by :func:`linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if input.dim() == 4:
-            return convolve(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -77,14 +74,3 @@ def use_fast_linear(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.Linear):
             child.__class__ = Linear
-
-
-def run_ffn(ffn: FFN, query: Tensor) -> Tensor:
-    """Apply ``ffn``, whose layers are :class:`Linear`, to ``query`` (bs, num_queries, dim) as rows or as a map.
-
-    What a linear layer gives of these is not a view, so that mmcv's ReLU works in place without the four copies that
-    the gradient of a view takes that was written to.
-    """
-    if runs_as_convolution(query):
-        return as_tokens(ffn(as_map(query)))
-    return ffn(query.flatten(0, 1)).view_as(query)

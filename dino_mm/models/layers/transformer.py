@@ -14,7 +14,8 @@ from dino_mm.registry import MODELS
 from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
-from .linear import run_ffn, use_fast_linear
+from .feed_forward import run_ffn
+from .linear import use_fast_linear
 
 
 def init_transformer(module: nn.Module) -> None:
