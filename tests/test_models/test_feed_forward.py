@@ -1,5 +1,6 @@
 """A feed-forward network in pieces equals mmcv's, and stands back where somebody has a hand in it."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -55,6 +56,7 @@ def test_pieces_equal_mmcvs_as_convolutions_too(as_convolution: bool, monkeypatc
 
 def test_hidden_layers_are_small_and_only_kept_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 6 * HIDDEN * 4)
+    monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', False)
     ffn, x, kept = make_ffn(), torch.randn(2, 9, DIM), []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -64,6 +66,25 @@ def test_hidden_layers_are_small_and_only_kept_for_gradients(monkeypatch: pytest
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run_ffn(ffn, x)
     assert kept == [(2, 9, DIM), (HIDDEN, DIM), (DIM, HIDDEN), *[(6, HIDDEN)] * 3]
+
+
+def test_hidden_layers_are_not_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 6 * HIDDEN * 4)
+    monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', False)
+    ffn, x, made, alive = make_ffn(), torch.randn(2, 9, DIM), [], []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        alive.append(sum(hidden() is not None for hidden in made))
+        output = nn.functional.linear(x, weight, bias)
+        if output.shape[-1] == HIDDEN:
+            made.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(feed_forward.Products, 'linear', staticmethod(spy))
+    with torch.no_grad():
+        run_ffn(ffn, x)
+    assert len(made) == 3
+    assert max(alive) == 1
 
 
 def test_gradients_may_be_taken_twice() -> None:

@@ -82,23 +82,28 @@ class FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-        """(bs, num_tokens, dim), contiguous, to the same; weights are (out_features, in_features)."""
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, needs_grad: bool
+    ) -> Tensor:
+        """(bs, num_tokens, dim), contiguous, to the same; weights are (out_features, in_features).
+
+        Without ``needs_grad`` no hidden layer is kept. torch does not say here whether gradients are enabled.
+        """
         ctx.way = way = Convolutions if runs_as_convolution(x) else Products
         ctx.num_pieces = max(1, -(-x.shape[:2].numel() * up_bias.nbytes // PIECE_BYTES))
         kernels, output, activations = (way.kernel(up), way.kernel(down)), torch.empty_like(x), []
         for piece, target in zip(way.split(x, ctx.num_pieces), way.split(output, ctx.num_pieces), strict=True):
             hidden = way.linear(piece, kernels[0], up_bias).relu_()
             torch.add(piece, way.linear(hidden, kernels[1], down_bias), out=target)
-            if any(ctx.needs_input_grad):
+            if needs_grad:
                 activations.append(hidden)
         ctx.save_for_backward(x, *kernels, *activations)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of all inputs."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all tensors."""
         x, up, down, *activations = ctx.saved_tensors
         grad_x, of_parameters = torch.empty_like(x), []
         pieces = (ctx.way.split(tensor, ctx.num_pieces) for tensor in (x, grad.contiguous(), grad_x))
@@ -108,7 +113,7 @@ class FeedForward(torch.autograd.Function):
             grad_residual, *of_up = ctx.way.grads(grad_hidden, piece, up)
             torch.add(grad_residual, grad_piece, out=target)
             of_parameters.append((*of_up, *of_down))
-        return grad_x, *(reduce(Tensor.add_, of_pieces) for of_pieces in zip(*of_parameters, strict=True))
+        return grad_x, *(reduce(Tensor.add_, of_pieces) for of_pieces in zip(*of_parameters, strict=True)), None
 
 
 def runs_in_pieces(ffn: FFN, query: Tensor) -> bool:
@@ -131,6 +136,8 @@ def run_ffn(ffn: FFN, query: Tensor) -> Tensor:
     """Apply ``ffn``, whose layers are :class:`Linear`, residual included, to ``query`` (bs, num_queries, dim)."""
     if runs_in_pieces(ffn, query):
         (up, *_), down, *_ = ffn.layers
-        return FeedForward.apply(query.contiguous(), up.weight, up.bias, down.weight, down.bias)
+        return FeedForward.apply(
+            query.contiguous(), up.weight, up.bias, down.weight, down.bias, torch.is_grad_enabled()
+        )
     # Rows, as what a linear layer gives of them is not a view: writing to one, as mmcv's ReLU does, costs four copies.
     return ffn(query.flatten(0, 1)).view_as(query)
