@@ -72,13 +72,14 @@ def test_hidden_layers_are_not_kept_without_gradients(monkeypatch: pytest.Monkey
     monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 6 * HIDDEN * 4)
     monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', False)
     ffn, x, made, alive = make_ffn(), torch.randn(2, 9, DIM), [], []
+    make_hidden = feed_forward.Products.linear
 
-    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def spy(*args: Tensor) -> Tensor:
         alive.append(sum(hidden() is not None for hidden in made))
-        output = nn.functional.linear(x, weight, bias)
-        if output.shape[-1] == HIDDEN:
-            made.append(weakref.ref(output))
-        return output
+        hidden = make_hidden(*args)
+        assert hidden.shape == (6, HIDDEN)
+        made.append(weakref.ref(hidden))
+        return hidden
 
     monkeypatch.setattr(feed_forward.Products, 'linear', staticmethod(spy))
     with torch.no_grad():

@@ -305,5 +305,5 @@ def test_operators() -> None:
         assert forward.count('_embedding_bag_forward_only') == backward.count('sparse_sampled_addmm') == 1
         waits = {'grid_sampler_2d', 'grid_sampler_2d_backward', '_local_scalar_dense', 'nonzero', 'item', 'sort'}
         assert not waits & {*forward, *backward}
-        assert len(forward) <= 50
-        assert len(backward) <= 72
+        assert len(forward) <= 60  # of which 16 copy values, level by level
+        assert len(backward) <= 76  # as here

@@ -43,9 +43,10 @@ class SelfAttention(nn.Module):
 
     def _attend_apart(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Denoising queries to what they see, the others to one another; all (bs, num_heads, num_queries, ...)."""
-        num_dn = len(visible)
-        noised = self._attend(query[:, :, :num_dn], key, value, visible)
-        matching = self._attend(*(x[:, :, num_dn:] for x in (query, key, value)))
+        num_dn, num_queries = visible.shape
+        noised, matching = query.split([num_dn, num_queries - num_dn], 2)
+        noised = self._attend(noised, key, value, visible)
+        matching = self._attend(matching, key[:, :, num_dn:], value[:, :, num_dn:])
         return torch.cat([noised, matching], 2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:

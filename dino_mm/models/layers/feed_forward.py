@@ -24,7 +24,7 @@ is_autocasting = (
 
 
 class Products:
-    """Linear layers of rows, as products of matrices."""
+    """Linear layers of rows, as products of matrices. A weight is (out_features, in_features)."""
 
     @staticmethod
     def split(tokens: Tensor, num_pieces: int) -> tuple[Tensor, ...]:
@@ -33,21 +33,36 @@ class Products:
 
     @staticmethod
     def kernel(weight: Tensor) -> Tensor:
-        """The weight (out_features, in_features) as the others take it."""
-        return weight
+        """View of the weight as the linear layers take it."""
+        return weight.t()
 
     @staticmethod
     def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         """The linear layer of a piece."""
-        return F.linear(x, kernel, bias)
+        return torch.addmm(bias, x, kernel)
 
     @staticmethod
-    def grads(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the piece, the weight and the bias from that of :meth:`linear`."""
-        return grad @ kernel, grad.t() @ x, grad.sum(0)
+    def add_linear(total: Tensor, x: Tensor, kernel: Tensor) -> None:
+        """Add that of a piece, without bias, to ``total``."""
+        total.addmm_(x, kernel)
+
+    @staticmethod
+    def grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the piece ``x`` from that of its linear layer."""
+        return grad @ weight
+
+    @staticmethod
+    def add_grad(total: Tensor, grad: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add it to ``total``."""
+        total.addmm_(grad, weight)
+
+    @staticmethod
+    def parameter_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the weight and the bias."""
+        return grad.t() @ x, grad.sum(0)
 
 
-class Convolutions(Products):
+class Convolutions:
     """The same of a map, as 1 x 1 convolutions: see :func:`~dino_mm.models.layers.linear.runs_as_convolution`."""
 
     @staticmethod
@@ -55,30 +70,43 @@ class Convolutions(Products):
         """Views of ``tokens`` (bs, num_tokens, dim): pieces (1, dim, 1, num_rows) of the map of all images."""
         return as_map(tokens.view(1, -1, tokens.shape[-1])).chunk(num_pieces, -1)
 
-    @staticmethod
-    def kernel(weight: Tensor) -> Tensor:
-        """The weight (out_features, in_features) as the others take it."""
-        return as_kernel(weight)
+    kernel = staticmethod(as_kernel)
+    linear = staticmethod(F.conv2d)
 
     @staticmethod
-    def linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        """The linear layer of a piece."""
-        return F.conv2d(x, kernel, bias)
+    def add_linear(total: Tensor, x: Tensor, kernel: Tensor) -> None:
+        """Add the linear layer of a piece, without bias, to ``total``."""
+        total.add_(F.conv2d(x, kernel))
+
+    @classmethod
+    def grad(cls, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the piece ``x`` from that of its linear layer."""
+        return cls._backward(grad, x, weight, [True, False, False])[0]
+
+    @classmethod
+    def add_grad(cls, total: Tensor, grad: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add it to ``total``."""
+        total.add_(cls.grad(grad, x, weight))
+
+    @classmethod
+    def parameter_grads(cls, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the weight and the bias."""
+        _, grad_kernel, grad_bias = cls._backward(grad, x, weight, [False, True, True])
+        return grad_kernel.flatten(1), grad_bias
 
     @staticmethod
-    def grads(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the piece, the weight and the bias from that of :meth:`linear`."""
+    def _backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         one, none = [1, 1], [0, 0]
-        grad_x, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, kernel, [len(kernel)], one, none, one, False, none, 1, [True] * 3
+        return torch.ops.aten.convolution_backward(
+            grad, x, as_kernel(weight), [len(weight)], one, none, one, False, none, 1, wanted
         )
-        return grad_x, grad_kernel.flatten(1), grad_bias
 
 
 class FeedForward(torch.autograd.Function):
     """``x + down(relu(up(x)))`` piece by piece, for the sake of memory; both layers are linear, with biases.
 
-    A piece's hidden layer, which is wide, goes through its ReLU in place, in the backward pass too.
+    A piece's hidden layer, which is wide, goes through its ReLU in place, in the backward pass too. What is added up is
+    added by the products themselves.
     """
 
     @staticmethod
@@ -91,13 +119,13 @@ class FeedForward(torch.autograd.Function):
         """
         ctx.way = way = Convolutions if runs_as_convolution(x) else Products
         ctx.num_pieces = max(1, -(-x.shape[:2].numel() * up_bias.nbytes // PIECE_BYTES))
-        kernels, output, activations = (way.kernel(up), way.kernel(down)), torch.empty_like(x), []
-        for piece, target in zip(way.split(x, ctx.num_pieces), way.split(output, ctx.num_pieces), strict=True):
-            hidden = way.linear(piece, kernels[0], up_bias).relu_()
-            torch.add(piece, way.linear(hidden, kernels[1], down_bias), out=target)
+        to_hidden, from_hidden, output, activations = way.kernel(up), way.kernel(down), x + down_bias, []
+        for piece, total in zip(way.split(x, ctx.num_pieces), way.split(output, ctx.num_pieces), strict=True):
+            hidden = way.linear(piece, to_hidden, up_bias).relu_()
+            way.add_linear(total, hidden, from_hidden)
             if needs_grad:
                 activations.append(hidden)
-        ctx.save_for_backward(x, *kernels, *activations)
+        ctx.save_for_backward(x, up, down, *activations)
         return output
 
     @staticmethod
@@ -105,14 +133,16 @@ class FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of all tensors."""
         x, up, down, *activations = ctx.saved_tensors
-        grad_x, of_parameters = torch.empty_like(x), []
-        pieces = (ctx.way.split(tensor, ctx.num_pieces) for tensor in (x, grad.contiguous(), grad_x))
-        for hidden, piece, grad_piece, target in zip(activations, *pieces, strict=True):
-            grad_hidden, *of_down = ctx.way.grads(grad_piece, hidden, down)
+        way, grad = ctx.way, grad.contiguous()
+        grad_x, of_parameters = grad.clone(), []
+        pieces = (way.split(tensor, ctx.num_pieces) for tensor in (x, grad, grad_x))
+        for hidden, piece, grad_piece, total in zip(activations, *pieces, strict=True):
+            grad_hidden = way.grad(grad_piece, hidden, down)
             torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
-            grad_residual, *of_up = ctx.way.grads(grad_hidden, piece, up)
-            torch.add(grad_residual, grad_piece, out=target)
-            of_parameters.append((*of_up, *of_down))
+            way.add_grad(total, grad_hidden, piece, up)
+            of_parameters.append(
+                (*way.parameter_grads(grad_hidden, piece, up), *way.parameter_grads(grad_piece, hidden, down))
+            )
         return grad_x, *(reduce(Tensor.add_, of_pieces) for of_pieces in zip(*of_parameters, strict=True)), None
 
 
