@@ -7,8 +7,9 @@ import pytest
 from commands import python
 from PIL import Image
 
-#: Iterations of the short version, and the box AP that it must reach.
-ITERATIONS, MIN_MAP, MIN_AP50 = 300, 0.15, 0.25
+#: Iterations of the short version, and the box AP that it must reach. AP rises steeply by then, so that rounding, which
+#: differs from CPU to CPU, decides how far it is: with 300 iterations some CPUs reach it and some do not.
+ITERATIONS, MIN_MAP, MIN_AP50 = 450, 0.15, 0.25
 
 
 @pytest.mark.slow
