@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,22 +86,30 @@ def draw_contact_sheet(
     count = min(num_images, len(truth['images']))
     chosen = np.linspace(0, len(truth['images']) - 1, count).round().astype(int)
 
-    rows = -(-count // COLUMNS)
-    width = COLUMNS * (TILE + MARGIN) + MARGIN
-    sheet = Image.new('RGB', (width, HEADER + rows * (TILE + CAPTION + MARGIN)), PAPER_COLOUR)
-    _draw_legend(sheet, f'{count} of {len(truth["images"])} images', score_thr)
-    for cell, index in enumerate(chosen):
-        row, column = divmod(cell, COLUMNS)
+    cells = []
+    for index in chosen:
         record = truth['images'][index]
-        left = MARGIN + column * (TILE + MARGIN)
-        top = HEADER + row * (TILE + CAPTION + MARGIN)
         with Image.open(image_dir / record['file_name']) as image:
-            tile = _draw_tile(image.convert('RGB'), marks[record['id']])
-        sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        caption = _caption(record['file_name'], marks[record['id']])
-        _write(sheet, (left + TILE // 2, top + TILE + CAPTION // 2), caption, anchor='mm')
+            tile = draw_tile(image.convert('RGB'), marks[record['id']])
+        cells.append((tile, _caption(record['file_name'], marks[record['id']])))
+    sheet = draw_grid(cells)
+    _draw_legend(sheet, f'{count} of {len(truth["images"])} images', score_thr)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out_png)
+
+
+def draw_grid(cells: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Lay tiles out in rows of ``COLUMNS``, each with its caption below, under an empty header."""
+    rows = -(-len(cells) // COLUMNS)
+    width = COLUMNS * (TILE + MARGIN) + MARGIN
+    sheet = Image.new('RGB', (width, HEADER + rows * (TILE + CAPTION + MARGIN)), PAPER_COLOUR)
+    for cell, (tile, caption) in enumerate(cells):
+        row, column = divmod(cell, COLUMNS)
+        left = MARGIN + column * (TILE + MARGIN)
+        top = HEADER + row * (TILE + CAPTION + MARGIN)
+        sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        write_text(sheet, (left + TILE // 2, top + TILE + CAPTION // 2), caption, anchor='mm')
+    return sheet
 
 
 def _collect_marks(truth: dict[str, Any], predictions: list[dict[str, Any]]) -> defaultdict[int, list[Mark]]:
@@ -117,7 +126,7 @@ def _collect_marks(truth: dict[str, Any], predictions: list[dict[str, Any]]) -> 
     return marks
 
 
-def _draw_tile(image: Image.Image, marks: list[Mark]) -> Image.Image:
+def draw_tile(image: Image.Image, marks: list[Mark]) -> Image.Image:
     """Scale ``image`` to the size of a tile and draw ``marks``, given in its pixels, on it."""
     scale = min(TILE / image.width, TILE / image.height, MAX_ENLARGEMENT)
     size = (round(image.width * scale), round(image.height * scale))
@@ -202,11 +211,11 @@ def _draw_legend(sheet: Image.Image, title: str, score_thr: float) -> None:
     ]
     for colour, line, text in entries:
         pen.rectangle((left, middle - 9, left + 26, middle + 9), outline=colour, width=line)
-        left = _write(sheet, (left + 36, middle), text, anchor='lm') + 40
-    _write(sheet, (sheet.width - MARGIN, middle), title, anchor='rm')
+        left = write_text(sheet, (left + 36, middle), text, anchor='lm') + 40
+    write_text(sheet, (sheet.width - MARGIN, middle), title, anchor='rm')
 
 
-def _write(sheet: Image.Image, place: tuple[int, int], text: str, anchor: str) -> int:
+def write_text(sheet: Image.Image, place: tuple[int, int], text: str, anchor: str) -> int:
     """Write a line of text on the paper and return where it ends at the right, in pixels."""
     pen, font = ImageDraw.Draw(sheet), _font(TEXT_FONT_SIZE)
     pen.text(place, text, INK_COLOUR, font, anchor=anchor)

@@ -51,16 +51,18 @@ def test_degenerate_boxes_are_dropped_with_a_count(tmp_path, caplog) -> None:
             annotation(2, 0, 5, bbox=(3, 4, 0, 0)),
             annotation(3, 1, bbox=(40, 2, 5, 5)),  # outside the image
             annotation(4, 2, iscrowd=1),
+            annotation(5, 2, bbox=(3, 4, 0.5, 9)),
         ],
     )
-    logger = MMLogger.get_instance('degenerate')
     messages: list[str] = []
-    logger.callHandlers = lambda record: messages.append(record.getMessage())
+    MMLogger.get_instance('degenerate').callHandlers = lambda record: messages.append(record.getMessage())
     dataset = build(tmp_path)
     # Image 1 has only a degenerate box, 2 only a crowd, 3 nothing.
     assert [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))] == [0]
     assert dataset[0]['gt_bboxes'].tensor.tolist() == [[1, 2, 9, 11]]
-    assert any('dropped 2 degenerate boxes' in m and 'images with id 0, 1' in m for m in messages), messages
+    outside = '2 boxes without area inside the image: left out of training and evaluation'
+    assert any(f'{outside} (annotation 2 of image 0; annotation 3 of image 1)' in m for m in messages), messages
+    assert any('1 boxes under one pixel: left out of training' in m for m in messages), messages
     assert any('3 images without boxes removed, 1 left' in m for m in messages), messages
 
 
@@ -77,7 +79,7 @@ def test_test_mode_keeps_every_image(tmp_path) -> None:
             [annotation(7, 2, bbox=(1, 2, float('nan'), 3))],
             {},
             ValueError,
-            ['ann.json', 'annotation 7', 'image id 2 (2.png)', 'nan'],
+            ['ann.json', 'annotation 7 of image id 2', 'NaN'],
         ),
         (
             [annotation(1, 0)],
@@ -115,3 +117,37 @@ def test_unreadable_image_names_file_and_id(tmp_path, damage: str, backend: str)
         RuntimeError, match=r'Cannot prepare image id 2 \(.*2\.png\).*remove the image from .*ann\.json'
     ):
         dataset[0]
+
+
+@pytest.mark.parametrize('on_fault', ['error', 'drop'])
+def test_missing_pictures_are_named_before_a_run_or_left_out(tmp_path, on_fault: str) -> None:
+    write(tmp_path, [annotation(1, 0), annotation(2, 2)])
+    (tmp_path / '2.png').unlink()
+    dataset = build(tmp_path, on_fault=on_fault)
+    if on_fault == 'drop':
+        dataset.require_pictures()
+        assert [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))] == [0]
+        return
+    assert len(dataset) == 2  # who only looks at the annotations may
+    with pytest.raises(ValueError, match=r'1 images whose picture is missing.*id 2 \(2\.png\)'):
+        dataset.require_pictures()
+
+
+@pytest.mark.parametrize(
+    ('step', 'given'),
+    [
+        (dict(type='FilterAnnotations'), 'FilterAnnotations failed on an image of uint8, shape (24, 32, 3). Assert'),
+        (dict(type='dino_mm.ResizeShortestEdge', scale='x'), 'ResizeShortestEdge failed on an image of uint8'),
+        (
+            dict(type='RandomChoice', transforms=[[dict(type='FilterAnnotations')]]),
+            'FilterAnnotations failed on an image of uint8',
+        ),
+    ],
+)
+def test_a_failing_transform_is_named_and_no_damage_is_suspected(tmp_path, step: dict, given: str) -> None:
+    write(tmp_path, [annotation(1, 2)])
+    dataset = build(tmp_path, pipeline=[dict(type='LoadImageFromFile'), step])
+    with pytest.raises(RuntimeError) as caught:
+        dataset[0]
+    assert f'Cannot prepare image id 2 ({tmp_path}/2.png): {given}' in str(caught.value)
+    assert 'damaged' not in str(caught.value)

@@ -6,6 +6,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmcv.transforms import Compose
@@ -17,12 +18,18 @@ import dino_mm
 from dino_mm.datasets.transforms import shortest_edge_size
 
 
+def build(**more):
+    init_default_scope('mmdet')
+    return TRANSFORMS.build(dict(type='dino_mm.ResizeShortestEdge') | more)
+
+
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), shorter=st.integers(100, 900))
 def test_size_keeps_shape_and_limits(height: int, width: int, shorter: int) -> None:
     new_width, new_height = shortest_edge_size(height, width, shorter, 1333)
     exact = min(Fraction(shorter, min(height, width)), Fraction(1333, max(height, width)))
-    assert abs(new_height - exact * height) <= Fraction(1, 2) + Fraction(1, 1000)
-    assert abs(new_width - exact * width) <= Fraction(1, 2) + Fraction(1, 1000)
+    for new, old in ((new_height, height), (new_width, width)):
+        assert new >= 1
+        assert abs(new - max(exact * old, 1)) <= Fraction(1, 2) + Fraction(1, 1000)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,8 @@ def test_size_keeps_shape_and_limits(height: int, width: int, shorter: int) -> N
         (300, 1000, 800, 1333, (1333, 400)),
         (500, 500, 600, 100000, (600, 600)),
         (100, 1000, 600, 100000, (6000, 600)),
+        (1, 3000, 800, 1333, (1333, 1)),
+        (9000, 3, 800, 1333, (1, 1333)),
     ],
 )
 def test_sizes_of_known_images(height, width, shorter, limit, expected) -> None:
@@ -41,14 +50,93 @@ def test_sizes_of_known_images(height, width, shorter, limit, expected) -> None:
 
 
 def test_pixels_are_pillows_and_boxes_follow() -> None:
-    init_default_scope('mmdet')
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    resize = TRANSFORMS.build(dict(type='dino_mm.ResizeShortestEdge', scale=(25, 1000)))
+    resize = build(scale=(25, 1000))
     result = resize(dict(img=image, img_shape=(50, 70), gt_bboxes=np.float32([[10, 20, 30, 45]])))
     assert result['img_shape'] == (25, 35)
     assert result['scale_factor'] == (0.5, 0.5)
     np.testing.assert_array_equal(result['img'], np.array(Image.fromarray(image).resize((35, 25), Image.BILINEAR)))
     np.testing.assert_allclose(result['gt_bboxes'], [[5, 10, 15, 22.5]])
+
+
+@pytest.mark.parametrize('backend', ['pillow', 'cv2'])
+@pytest.mark.parametrize('shape', [(1, 3000), (3000, 1)])
+def test_extreme_images_keep_a_pixel(shape: tuple[int, int], backend: str) -> None:
+    resize = build(scale=(800, 1333), backend=backend)
+    image = np.zeros((*shape, 3), np.uint8)
+    result = resize(dict(img=image, img_shape=shape, gt_bboxes=np.float32([[0, 0, shape[1], shape[0]]])))
+    assert result['img'].shape == (*result['img_shape'], 3)
+    assert sorted(result['img_shape']) == [1, 1333]
+    np.testing.assert_allclose(result['gt_bboxes'], [[0, 0, *result['img_shape'][::-1]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('interpolation', ['nearest', 'bilinear', 'bicubic', 'lanczos'])
+@pytest.mark.parametrize('backend', ['pillow', 'cv2'])
+@pytest.mark.parametrize('short', [25, 90])
+def test_floats_are_resized_as_bytes_are(short: int, backend: str, interpolation: str) -> None:
+    """But for the rounding of bytes, and overshoots that bytes cut off; fractions and values below zero remain."""
+    image = np.random.default_rng(0).integers(60, 190, (50, 70, 3), dtype=np.uint8)
+    resize = build(scale=(short, 1000), backend=backend, interpolation=interpolation)
+    of_bytes, of_floats, of_shifted = (
+        resize(dict(img=i, img_shape=(50, 70))) for i in (image, image.astype(np.float32), image / np.float32(4) - 40)
+    )
+    assert of_bytes['img'].dtype == np.uint8
+    assert of_floats['img'].dtype == of_shifted['img'].dtype == np.float32
+    # Both libraries round twice for bytes, once for each axis.
+    np.testing.assert_allclose(of_floats['img'].clip(0, 255), of_bytes['img'], rtol=0, atol=1.5)
+    np.testing.assert_allclose(of_shifted['img'], of_floats['img'] / 4 - 40, atol=1e-3)
+    for key in ('img_shape', 'scale', 'scale_factor', 'keep_ratio'):
+        assert of_floats[key] == of_bytes[key]
+
+
+@pytest.mark.parametrize('dtype', [np.float64, np.float32, np.uint16])
+@pytest.mark.parametrize('channels', [(), (1,), (2,), (3,), (4,)])
+def test_any_number_of_channels_is_resized(channels: tuple[int, ...], dtype: type) -> None:
+    """A plane that rises evenly goes on doing so."""
+    rows = np.arange(40, dtype=dtype).reshape(40, *[1] * (1 + len(channels)))
+    image = np.broadcast_to(rows * 1000, (40, 60, *channels))
+    result = build(scale=(20, 1000))(dict(img=image, img_shape=(40, 60)))['img']
+    assert result.shape == (20, 30, *channels)
+    assert result.dtype == np.float32
+    inner = (np.arange(20) * 2000 + 500).reshape(20, *[1] * (1 + len(channels)))
+    np.testing.assert_allclose(result[2:-2], np.broadcast_to(inner, result.shape)[2:-2], rtol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['pillow', 'cv2'])
+@pytest.mark.parametrize('change', ['none', 'to_float32', 'distorted before', 'distorted after'])
+def test_training_pipeline_takes_floats(change: str, backend: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, boxes and types are as without the change; without a distortion, so are the pixels."""
+    monkeypatch.setenv('IMAGE_BACKEND', backend)
+    init_default_scope('mmdet')
+    pipeline = Config.fromfile(dino_mm.cfg('dino-resnet/dino_r50_4scale_12ep.py')).train_dataloader.dataset.pipeline
+    changed = [dict(step) for step in pipeline]
+    changed[0] |= dict(to_float32=change != 'none')
+    if change.startswith('distorted'):
+        changed.insert(2 if change.endswith('before') else 4, dict(type='PhotoMetricDistortion'))
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8), (0, 0), 4)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    boxes = [[10, 20, 60, 90], [100, 100, 310, 230]]
+    instances = [dict(bbox=b, bbox_label=i, ignore_flag=0) for i, b in enumerate(boxes)]
+    cropped = 0
+    for seed in range(12):
+        packed = []
+        for steps in (pipeline, changed):
+            random.seed(seed)
+            np.random.seed(seed)
+            sample = dict(img_path=str(tmp_path / 'a.png'), img_id=3, instances=instances)
+            packed.append(Compose(steps)(sample))
+        plain, floats = packed
+        assert floats['inputs'].dtype == (torch.uint8 if change == 'none' else torch.float32)
+        assert torch.isfinite(floats['inputs'].float()).all()
+        assert floats['inputs'].shape[1:] == floats['data_samples'].img_shape
+        assert min(floats['data_samples'].img_shape) in range(480, 801, 32)
+        assert floats['inputs'].float().std() > 1
+        if not change.startswith('distorted'):
+            torch.testing.assert_close(floats['inputs'].float(), plain['inputs'].float(), atol=2.5, rtol=0)
+            boxes_found, boxes_expected = (p['data_samples'].gt_instances.bboxes.tensor for p in (floats, plain))
+            assert torch.equal(boxes_found, boxes_expected)
+        cropped += floats['data_samples'].img_shape[0] * 4 != floats['data_samples'].img_shape[1] * 3
+    assert cropped  # both branches are taken
 
 
 def test_training_pipeline_of_the_r50_config(tmp_path) -> None:

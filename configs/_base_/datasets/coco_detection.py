@@ -1,4 +1,4 @@
-data_root = '{{$DATA_ROOT:data/coco/}}'
+data_root = '{{$DATA_ROOT:data/coco/}}'.rstrip('/') + '/'  # file names are glued to it
 backend_args = None
 # Decodes and resizes: 'pillow' filters as it shrinks, as detrex has it; 'cv2' is faster and does not.
 image_backend = '{{$IMAGE_BACKEND:pillow}}'
@@ -14,7 +14,13 @@ resize_before_crop = dict(
 )
 crop = dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600), allow_negative_crop=True)
 
-load_image = dict(type='LoadImageFromFile', imdecode_backend=image_backend, backend_args=backend_args)
+# dino_mm's, for pictures of 16 bits. mmdet's DetInferencer looks for a type of just this name, without a scope.
+load_image = dict(
+    type='LoadImageFromFile',
+    _scope_='dino_mm',
+    imdecode_backend=image_backend,
+    backend_args=backend_args,
+)
 meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
 train_pipeline = [
     load_image,
