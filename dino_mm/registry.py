@@ -21,3 +21,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['dino_mm.engine'],
 )
 HOOKS = Registry('hook', parent=root.HOOKS, scope=SCOPE, locations=['dino_mm.engine'])
+LOOPS = Registry('loop', parent=root.LOOPS, scope=SCOPE, locations=['dino_mm.engine'])

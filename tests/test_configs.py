@@ -189,3 +189,21 @@ def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
     readme.write_text('no place\n')
     with pytest.raises(ValueError, match='has no place for the table'):
         zoo_table.write_table(tmp_path)
+
+
+def test_the_recipe_by_epochs_is_the_one_by_iterations() -> None:
+    """At 7500 iterations an epoch; nothing else differs."""
+    epochs, iterations = (
+        Config.fromfile(ROOT / 'configs/dino-resnet' / n)
+        for n in ('by_epoch/dino_r50_4scale_12ep_by_epoch.py', 'dino_r50_4scale_12ep.py')
+    )
+    assert epochs.train_cfg == dict(type='dino_mm.EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+    assert iterations.train_cfg == dict(type='dino_mm.IterBasedTrainLoop', max_iters=12 * 7500, val_interval=5000)
+    (rate,) = iterations.param_scheduler
+    assert rate.milestones == [11 * 7500]
+    rate.update(end=12, milestones=[11], by_epoch=True)
+    changes = {'log_processor.by_epoch': True, 'train_dataloader.sampler.type': 'DefaultSampler', 'max_epochs': 12}
+    hooks = {'logger.log_metric_by_epoch': True, 'checkpoint.by_epoch': True, 'checkpoint.interval': 1}
+    iterations.merge_from_dict(changes | {f'default_hooks.{key}': value for key, value in hooks.items()})
+    iterations.train_cfg = epochs.train_cfg
+    assert epochs.to_dict() == iterations.to_dict()

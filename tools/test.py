@@ -1,6 +1,8 @@
 """Test a detector: ``python tools/test.py CONFIG CHECKPOINT`` evaluates it as the config says, for COCO by AP."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
@@ -24,7 +26,20 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out writes a .pkl file, not {args.out}')
+    if args.show_dir is not None:
+        args.show_dir = writable_folder(args.show_dir)
     return args
+
+
+def writable_folder(path: str) -> str:
+    """Make the folder of ``--show-dir`` and its absolute path; end the program if it can not be written into."""
+    folder = Path(path).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError as error:
+        raise SystemExit(f'--show-dir {path}: it can not be written into ({error}). Name another folder.') from None
 
 
 def enable_tta(config: Config) -> None:
@@ -43,7 +58,7 @@ def main() -> None:
     """Test."""
     args = parse_args()
     config = load_config(args)
-    config.load_from = args.checkpoint
+    config.load_from, config.resume = args.checkpoint, False
     if args.show or args.show_dir:
         config = trigger_visualization_hook(config, args)
     if args.tta:

@@ -3,6 +3,7 @@
 import argparse
 
 from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
 
 from dino_mm.engine.launch import add_common_arguments, build_runner, ends_cleanly, load_config
 
@@ -19,8 +20,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
-    """Write the arguments of training into the config."""
+def apply_training_arguments(config: Config, args: argparse.Namespace) -> str | None:
+    """Write the arguments of training into the config; what the log should say about ``--resume``."""
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -28,18 +29,26 @@ def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):
             raise SystemExit(f'--auto-scale-lr: {config.filename} has no `auto_scale_lr.base_batch_size`.')
         config.auto_scale_lr.enable = True
+    if args.resume == 'auto' and find_latest_checkpoint(config.work_dir) is None:
+        start = config.get('load_from')
+        source = f'`load_from`, {start}' if start else 'nothing, as the config has no `load_from`'
+        return f'--resume: there is no checkpoint in {config.work_dir}. Training starts from {source}.'
     if args.resume is not None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
+    return None
 
 
 def main() -> None:
     """Train."""
     args = parse_args()
     config = load_config(args)
-    apply_training_arguments(config, args)
+    remark = apply_training_arguments(config, args)
+    runner = build_runner(config)
+    if remark is not None:
+        runner.logger.info(remark)
     with ends_cleanly():
-        build_runner(config).train()
+        runner.train()
 
 
 if __name__ == '__main__':

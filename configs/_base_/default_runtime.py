@@ -8,7 +8,9 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=100),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='DetVisualizationHook'),
+    visualization=dict(type='dino_mm.DetVisualizationHook'),
+    # Before the first iteration: are all pictures there, do epochs end.
+    checks=dict(type='dino_mm.CheckRunHook'),
     # Checkpoints of other libraries: to other classes (`class_transfer=True`), averaged weights, resuming.
     loading=dict(type='dino_mm.LoadCheckpointHook'),
 )

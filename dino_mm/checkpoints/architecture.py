@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..registry import MODELS
 from ..shipped import config_root
-from .classes import num_classes
-from .conversion import Converted, convert_detector
+from .classes import CLASS_BRANCH, num_classes
+from .conversion import Converted, convert_detector, recognise_detector
 
 #: How many configs a message names.
 NAMED = 3
@@ -19,14 +19,17 @@ NAMED = 3
 def describe(converted: Converted) -> str:
     """The architecture of a detector, in words."""
     tensors = converted.conversion.tensors
-    parts = [converted.title, f'{_layers(tensors, "encoder")} encoder and {_layers(tensors, "decoder")} decoder layers']
-    if 'level_embed' in tensors:
-        levels, dim = tensors['level_embed'].shape
-        parts.append(f'{levels} levels of {dim} channels')
+    parts = [converted.title]
+    encoder, decoder = _layers(tensors, 'encoder'), _layers(tensors, 'decoder')
+    if encoder or decoder:
+        parts.append(f'{encoder} encoder and {decoder} decoder layers')
+    levels = tensors.get('level_embed')
+    if levels is not None and levels.ndim == 2:
+        parts.append(f'{levels.shape[0]} levels of {levels.shape[1]} channels')
     queries = tensors.get('query_selector.query_embedding.weight')
-    if queries is not None:
+    if queries is not None and queries.ndim == 2:
         parts.append(f'{queries.shape[0]} queries')
-    if any(name.startswith('bbox_head.cls_branches.0.') for name in tensors):
+    if any(name.startswith(CLASS_BRANCH) and tensor.ndim for name, tensor in tensors.items()):
         parts.append(f'{num_classes(tensors)} classes')
     return ', '.join(parts)
 
@@ -47,6 +50,8 @@ def fitting_configs(checkpoint: Mapping[str, Tensor], num_levels: int) -> list[s
         Paths below ``configs/``; of several with the same architecture the first few in alphabetical order.
     """
     found: list[str] = []
+    if recognise_detector(checkpoint) is None:
+        return found  # not a whole one
     fits: dict[str, bool] = {}
     for path in sorted(config_root().glob('dino-*/*.py')):
         cfg = Config.fromfile(path).model

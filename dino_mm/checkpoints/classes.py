@@ -30,12 +30,22 @@ def class_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def num_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Number of classes of a detector's tensors under our names."""
-    return tensors[f'{CLASS_BRANCH}0.bias'].shape[0]
+    """Number of classes of a detector's tensors under our names.
+
+    Raises:
+        CheckpointError: None of them is a class branch's.
+    """
+    rows = (len(tensor) for name, tensor in tensors.items() if name.startswith(CLASS_BRANCH) and tensor.ndim)
+    number = next(rows, None)
+    if number is None:
+        raise CheckpointError(f'There is no tensor under `{CLASS_BRANCH}`, which would tell the number of classes.')
+    return number
 
 
 def rows_of_categories(result: Conversion, own: Mapping[str, Tensor]) -> None:
     """Turn rows numbered by category id into COCO's 80 classes, in place, for a model of 80 classes."""
+    if not any(name.startswith(CLASS_BRANCH) for name in result.tensors):
+        return
     if num_classes(result.tensors) != NUM_CATEGORY_IDS or num_classes(own) != len(COCO_CLASSES):
         return
     rows = torch.tensor(COCO_CATEGORY_IDS)

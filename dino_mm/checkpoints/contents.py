@@ -26,6 +26,8 @@ class Contents:
         iteration: Iterations trained, where the checkpoint tells.
         epoch: Epochs trained, where it tells those instead.
         classes: Class names, where it tells.
+        names: Name in ``tensors`` -> the checkpoint's, where a wrapper's prefix was taken off.
+        others: Names of what lies among the weights and is no tensor.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -33,27 +35,32 @@ class Contents:
     iteration: int | None = None
     epoch: int | None = None
     classes: tuple[str, ...] | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
 
-def take_apart(checkpoint: Mapping[str, Any], ema: bool = False) -> Contents:
+def take_apart(checkpoint: Mapping[str, Any], ema: bool = False, may_be_empty: bool = False) -> Contents:
     """Find weights and progress in a checkpoint as any of the known libraries write it.
 
     Args:
         checkpoint: What the file holds: a state dict, or one with more around it.
         ema: Take the exponential moving average of the weights.
+        may_be_empty: Let a checkpoint without weights pass.
 
     Raises:
         CheckpointError: There are no weights, or with ``ema`` no averaged ones.
     """
     weights, averaged = _weights(checkpoint, ema)
-    tensors = {WRAPPERS.sub('', name): value for name, value in weights.items() if isinstance(value, Tensor)}
-    if not tensors:
+    names = {WRAPPERS.sub('', name): name for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = {name: weights[given] for name, given in names.items()}
+    if not tensors and not may_be_empty:
         raise CheckpointError(
             f'The checkpoint holds no tensors where weights are looked for, only {_some(checkpoint)}.'
         )
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
-    result = Contents(tensors, averaged, meta.get('iter'), meta.get('epoch'), _classes(meta))
+    result = Contents(tensors, averaged, meta.get('iter'), meta.get('epoch'), _classes(meta), names)
+    result.others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if 'iteration' in checkpoint:  # detectron2 counts from zero and writes the last one done
         result.iteration = int(checkpoint['iteration']) + 1
     elif 'epoch' in checkpoint:

@@ -1,14 +1,14 @@
 """Naming schemes of whole DINO detectors: detrex, the authors' own repository, MMDetection, and ours."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .names import NameMap
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Source:
         scheme: Its names outside the backbone; names under ``backbone.`` are of one of the backbones' schemes.
         temperature, offset: The position embedding all its models have; None where models differ.
         category_ids: Its class rows are COCO's category ids 0 to 90, not the 80 classes.
-        prepare: Renames what cannot be told by a name alone, before ``scheme``.
+        prepare: Renames what cannot be told by a name alone, before ``scheme``: (the checkpoint's tensors, the model's)
+            -> the checkpoint's name -> the name that ``scheme`` takes.
     """
 
     title: str
@@ -28,7 +29,7 @@ class Source:
     temperature: float | None = None
     offset: float | None = None
     category_ids: bool = False
-    prepare: Callable[[Tensors], Tensors] | None = None
+    prepare: Callable[[Tensors, Tensors], dict[str, str]] | None = None
 
 
 #: The three linear layers of a box branch: an MLP's `layers.N` is `2N` among linear layers and ReLUs.
@@ -68,22 +69,35 @@ DETREX = Source(
 )
 
 
-def _prepare_official(tensors: Tensors) -> Tensors:
+def _prepare_official(tensors: Tensors, own: Tensors) -> dict[str, str]:
     """Tell the projections of backbone maps from the extra ones, and number the encoder's branches after the others."""
-    extra = sorted(
-        int(match[1])
-        for name, tensor in tensors.items()
-        if (match := re.match(r'input_proj\.(\d+)\.0\.weight$', name)) and tensor.shape[-1] == 3
-    )
-    layers = [int(match[1]) for name in tensors if (match := re.match(r'transformer\.decoder\.layers\.(\d+)\.', name))]
-    last = max(layers, default=-1) + 1
+    first = _first_extra(tensors, own)
+    last = max(_count(r'transformer\.decoder\.layers\.(\d+)\.', tensors), _count(r'decoder\.layers\.(\d+)\.', own))
 
     def rename(name: str) -> str:
-        if (match := re.match(r'input_proj\.(\d+)\.', name)) and int(match[1]) in extra:
-            return re.sub(r'^input_proj\.\d+\.', f'input_extra.{extra.index(int(match[1]))}.', name)
+        if (match := re.match(r'input_proj\.(\d+)\.', name)) and int(match[1]) >= first:
+            return re.sub(r'^input_proj\.\d+\.', f'input_extra.{int(match[1]) - first}.', name)
         return re.sub(r'^transformer\.enc_out_(class|bbox)_embed\.', rf'\1_embed.{last}.', name)
 
-    return {rename(name): tensor for name, tensor in tensors.items()}
+    return {name: rename(name) for name in tensors}
+
+
+def _first_extra(tensors: Tensors, own: Tensors) -> int:
+    """Number of the first extra projection, which have kernels of 3: the model's where these agree, else theirs."""
+    maps = _count(r'neck\.convs\.(\d+)\.', own)
+    extra = {
+        int(match[1]): tensor.shape[-1:] == (3,)
+        for name, tensor in tensors.items()
+        if (match := re.match(r'input_proj\.(\d+)\.0\.weight$', name))
+    }
+    if all(is_extra == (index >= maps) for index, is_extra in extra.items()):
+        return maps
+    return min((index for index, is_extra in extra.items() if is_extra), default=max(extra) + 1)
+
+
+def _count(pattern: str, tensors: Tensors) -> int:
+    """One more than the largest number that ``pattern`` finds at the beginning of a name."""
+    return max((int(match[1]) + 1 for name in tensors if (match := re.match(pattern, name))), default=0)
 
 
 OFFICIAL = Source(

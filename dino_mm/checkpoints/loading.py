@@ -2,9 +2,14 @@
 
 The work is done in a hook of the module itself, so it is the same through mmengine's runner (``load_from``,
 ``resume``), MMDetection's tools and inferencers, ``init_cfg=dict(type='Pretrained', ...)`` and plain torch.
+
+What a state dict may lack depends on who loads it. Torch says ``strict`` to ``load_state_dict``, but not to hooks: the
+detector keeps it in ``load_strictly`` meanwhile. Whoever else loads cannot be told apart: mmengine, which warns of what
+lacks and goes on, and modules around the detector.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.logging import print_log
@@ -12,8 +17,8 @@ from torch import Tensor, nn
 
 from .architecture import describe, fitting_configs
 from .classes import num_classes
-from .contents import take_apart
-from .conversion import Converted, convert_backbone, convert_detector
+from .contents import Contents, take_apart
+from .conversion import Converted, convert_backbone, convert_detector, shorten
 from .detectors import OURS
 from .errors import CheckpointError
 
@@ -23,6 +28,16 @@ CLASS_TRANSFER = "default_hooks = dict(loading=dict(type='dino_mm.LoadCheckpoint
 def convert_detectors_on_load(model: nn.Module) -> None:
     """Let ``model``, a DINO, load the checkpoints of any known library, and nothing that does not fit."""
     _register(model, _before_detector)
+
+
+@contextmanager
+def loading(model: nn.Module, strict: bool) -> Iterator[None]:
+    """Tell the hook of ``model``, a DINO, what ``strict`` its ``load_state_dict`` was given."""
+    model.load_strictly = strict  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.load_strictly
 
 
 def convert_backbones_on_load(backbone: nn.Module) -> None:
@@ -36,14 +51,50 @@ def _register(module: nn.Module, hook: Callable) -> None:
     module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
-def _before_detector(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _before_detector(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict,
+    always_true: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Put what the model takes into ``state_dict``; the arguments are those of ``_load_from_state_dict``."""
     entries = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     if prefix and not entries:
         return  # the state dict of something around the detector, without it
-    contents = take_apart(entries)
+    strict = getattr(module, 'load_strictly', None)
+    contents = take_apart(entries, may_be_empty=strict is False)
+    if strict is False:
+        unexpected += _replace_what_fits(state_dict, contents, module)
+        return
     converted = convert_detector(contents.tensors, module)
-    check_detector(converted, module, contents.tensors)
+    lacking = check_detector(converted, module, contents.tensors, may_be_part=strict is None)
     _replace(state_dict, prefix, converted, module)
+    if lacking and not prefix:
+        # mmengine, which raises these if it was told to be strict, and warns of them otherwise.
+        errors.append(lacking)
+        own = module.state_dict()
+        state_dict.update({name: own[name] for name in converted.differences.missing})
+
+
+def _replace_what_fits(state_dict: dict[str, Any], contents: Contents, module: nn.Module) -> list[str]:
+    """Put those of a detector's tensors that have a place where the checkpoint's were; the names of the others.
+
+    Torch itself finds out what is missing or of another shape.
+    """
+    converted = convert_detector(contents.tensors, module, default=OURS)
+    _check_position(converted, module)
+    without_place = [contents.names[name] for name in converted.differences.unexpected] + contents.others
+    own = module.state_dict()
+    result = converted.conversion
+    state_dict.clear()
+    state_dict.update({name: tensor for name, tensor in result.tensors.items() if name in own})
+    if converted.source is not OURS:  # others need not have them
+        state_dict.update({name: own[name] for name in result.filled.keys() - result.tensors.keys()})
+    return without_place
 
 
 def _before_backbone(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -70,17 +121,23 @@ def _replace(state_dict: dict[str, Any], prefix: str, converted: Converted, modu
     state_dict.update({prefix + name: own[name] for name in left})
 
 
-def check_detector(converted: Converted, model: nn.Module, checkpoint: dict[str, Tensor]) -> None:
+def check_detector(
+    converted: Converted, model: nn.Module, checkpoint: dict[str, Tensor], may_be_part: bool = False
+) -> str | None:
     """Raise CheckpointError unless ``converted`` fits ``model`` in every tensor and in its position embedding.
 
     Args:
         converted: What became of ``checkpoint``.
         model: A DINO.
         checkpoint: The checkpoint's name -> tensor, to find a config that fits it.
+        may_be_part: Let a checkpoint pass that only lacks tensors, unless it is a whole one for a shipped config.
+
+    Returns:
+        With ``may_be_part``, what is missing, in words; None if nothing is.
     """
     _check_position(converted, model)
     if not converted.problems:
-        return
+        return None
     intro = f'The checkpoint is {describe(converted)}. '
     if converted.fits_but_for_classes(model):
         raise CheckpointError(
@@ -88,7 +145,10 @@ def check_detector(converted: Converted, model: nn.Module, checkpoint: dict[str,
             f'start the others anew, add this to the config: {CLASS_TRANSFER}'
         )
     levels = converted.conversion.tensors.get('level_embed')
-    fitting = [] if levels is None else fitting_configs(checkpoint, levels.shape[0])
+    fitting = [] if levels is None or levels.ndim != 2 else fitting_configs(checkpoint, len(levels))
+    missing = converted.differences.missing
+    if may_be_part and converted.differences.only_missing and not fitting:
+        return f'{intro}{len(missing)} tensors of the model are not in it and stay as they are: {shorten(missing)}.'
     raise CheckpointError(
         f'{intro}It does not fit the model: {"; ".join(converted.problems)}. '
         + (f'It fits {", ".join(fitting)}.' if fitting else 'It fits no shipped config as it is.')

@@ -23,7 +23,8 @@ class NameMap:
         renames: (pattern, replacement), applied in this order, each to what the ones before made of a name.
         dropped: (pattern, reason) of names without a place in our models.
         initialised: (pattern, reason) of **our** names that such a checkpoint need not have: they stay as they are.
-        zeros: (pattern, reason) of **our** names that such a checkpoint lacks because they are zero there.
+        zeros: (pattern, reason) of **our** names that such a checkpoint lacks because they are zero there, beside a
+            weight that it has.
         adapt: Brings a tensor into our layout; None leaves all as they are.
     """
 
@@ -120,7 +121,7 @@ def _fill(scheme: NameMap, result: Conversion, own: Mapping[str, Tensor]) -> Non
     """Add what the checkpoint need not have."""
     for ours in [name for name in own if name not in result.tensors]:
         parent, _, last = ours.rpartition('.')
-        if reason := _first_reason(scheme.zeros, ours):
+        if f'{parent}.weight' in result.tensors and (reason := _first_reason(scheme.zeros, ours)):
             result.tensors[ours] = torch.zeros_like(own[ours])
             result.filled[ours] = f'zero: {reason}'
         elif reason := scheme.why_initialised(ours):

@@ -17,6 +17,8 @@ from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.checkpoints.files import register_safe_loaders
 from dino_mm.shipped import cfg as shipped_config
 
+from .load_checkpoint_hook import LoadCheckpointHook
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both training and test."""
@@ -53,11 +55,14 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """Build the runner of a config, with gloo where there is no GPU."""
+    """Build the runner of a config, with gloo where there is no GPU, and with :class:`LoadCheckpointHook`."""
     setup_cache_size_limit_of_dynamo()
     if config.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(config)
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    if not any(isinstance(hook, LoadCheckpointHook) for hook in runner.hooks):
+        runner.register_hook(LoadCheckpointHook())  # without it, mmengine runs the config inside a checkpoint
+    return runner
 
 
 @contextmanager

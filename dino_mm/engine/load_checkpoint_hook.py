@@ -1,15 +1,17 @@
-"""Checkpoints of other libraries through mmengine's runner: other classes, averaged weights, resuming."""
+"""Checkpoints through mmengine's runner: other classes, averaged weights, parts of models, resuming."""
 
+import logging
+import re
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from dino_mm.registry import HOOKS
 
-from ..checkpoints.classes import classes_of_rows, num_classes, plan_transfer
+from ..checkpoints.classes import class_tensors, classes_of_rows, num_classes, plan_transfer
 from ..checkpoints.contents import Contents, take_apart
 from ..checkpoints.conversion import Converted, compare, convert_detector
 from ..checkpoints.detectors import OURS
@@ -17,12 +19,17 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.loading import check_detector, report
 from ..models.detectors.dino import DINO
 
+#: Lines of a config that say where a run starts and what it writes to, not what it does.
+PLACES = re.compile(r'^(load_from|resume|work_dir|launcher) = .*\n', re.MULTILINE)
+
 
 @HOOKS.register_module()
 class LoadCheckpointHook(Hook):
     """Makes of any DINO checkpoint what mmengine's runner expects.
 
-    The detector itself converts and checks whatever it loads; this hook adds what needs the runner.
+    The detector itself converts and checks whatever it loads; this hook adds what needs the runner. It lets a training
+    start from part of a model, and no test. The text of a config that lies in a checkpoint is taken out, since
+    mmengine would run it as Python to resume.
 
     Args:
         class_transfer: Keep the classes that checkpoint and data set both have, by name, and start the others anew. A
@@ -44,18 +51,26 @@ class LoadCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Rewrite ``checkpoint`` in place before the model loads it."""
-        model = getattr(runner.model, 'module', runner.model)  # within DDP, or test-time augmentation
-        if not isinstance(model, DINO):
-            return
+        resuming = bool(getattr(runner, '_resume', False))
+        _take_out_config(runner, checkpoint, resuming)
+        model = runner.model
+        while not isinstance(model, DINO):  # within DDP, test-time augmentation, or both
+            model = getattr(model, 'module', None)
+            if model is None:
+                return
         contents = take_apart(checkpoint, self.ema)
         converted = convert_detector(contents.tensors, model)
-        resuming = bool(getattr(runner, '_resume', False))
-        if converted.source is OURS and (resuming or not (self.class_transfer or self.ema)):
+        own_way = converted.source is OURS and (resuming or not (self.class_transfer or self.ema))
+        if own_way and not converted.differences.missing:
             return  # the runner's own, which it reads best
         if self.class_transfer:
             self._transfer_classes(converted, contents, model, runner)
-        check_detector(converted, model, contents.tensors)
+        lacking = check_detector(
+            converted, model, contents.tensors, may_be_part=not resuming and not _is_testing(runner)
+        )
         report(converted)
+        if lacking:
+            print_log(lacking, logger='current', level=logging.WARNING)
         checkpoint_meta = checkpoint.get('meta')
         checkpoint.clear()
         checkpoint['state_dict'] = {**model.state_dict(), **converted.conversion.tensors}
@@ -66,6 +81,8 @@ class LoadCheckpointHook(Hook):
     def _transfer_classes(self, converted: Converted, contents: Contents, model: nn.Module, runner: Runner) -> None:
         options = self.class_transfer if isinstance(self.class_transfer, dict) else {}
         result, own = converted.conversion, model.state_dict()
+        if not class_tensors(result.tensors):
+            return  # part of a model, without rows to transfer
         target = (runner.visualizer.dataset_meta or {}).get('classes', ())
         if len(target) != num_classes(own):
             raise CheckpointError(
@@ -75,7 +92,7 @@ class LoadCheckpointHook(Hook):
         source = classes_of_rows(num_classes(result.tensors), options.get('classes', contents.classes))
         transfer = plan_transfer(target, source, options.get('renamed'))
         transfer.apply(result.tensors, own)
-        converted.problems[:] = compare(result, own)
+        converted.differences = compare(result, own)
         kept = sum(row is not None for row in transfer.rows)
         print_log(f'{kept} of {len(target)} classes are taken over:\n{transfer.table()}', logger='current')
 
@@ -93,7 +110,6 @@ class LoadCheckpointHook(Hook):
             iteration = contents.epoch * length
         epoch = iteration // length if contents.epoch is None else contents.epoch
         checkpoint['meta'].update(iter=iteration, epoch=epoch)
-        checkpoint['meta'].pop('config', None)
         checkpoint['message_hub'] = runner.message_hub.state_dict()
         for scheduler in runner.param_schedulers or ():
             for _ in range(epoch if scheduler.by_epoch else iteration):
@@ -103,3 +119,28 @@ class LoadCheckpointHook(Hook):
             "schedule. The optimizer's moments are not taken over, they build up anew.",
             logger='current',
         )
+
+
+def _take_out_config(runner: Runner, checkpoint: dict[str, Any], resuming: bool) -> None:
+    """Remove the text of a config from ``checkpoint``, which is compared at most, never run."""
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    text = meta.pop('config', meta.get('cfg'))  # mmengine writes `cfg`, which it does not run
+    if not resuming:
+        return
+    own = runner.cfg.pretty_text
+    if text is not None and PLACES.sub('', str(text)) != PLACES.sub('', own):
+        print_log(
+            "The config that lies in the checkpoint differs from this run's. It is not read: this run's config counts.",
+            logger='current',
+        )
+    hub = checkpoint.get('message_hub')
+    run_info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    if isinstance(run_info, dict) and 'cfg' in run_info:
+        run_info['cfg'] = own  # mmengine would write the other into the next checkpoints
+
+
+def _is_testing(runner: Runner) -> bool:
+    """Whether the runner evaluates and does not train: it builds the loops of what it is told to do first."""
+    train, *others = (getattr(runner, name, None) for name in ('_train_loop', '_val_loop', '_test_loop'))
+    return not isinstance(train, BaseLoop) and any(isinstance(loop, BaseLoop) for loop in others)

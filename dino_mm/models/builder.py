@@ -3,7 +3,7 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmdet.registry import MODELS
@@ -43,9 +43,14 @@ def _check_keys(name: str, cfg: dict[str, Any], handed_down: set[str]) -> None:
     parameters = inspect.signature(cls).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in cfg:
-        if key not in parameters and key != 'type':
-            known = sorted(set(parameters) - handed_down)
+    known = sorted(set(parameters) - handed_down)
+    refuse_unknown_keys(name, [key for key in cfg if key not in parameters and key != 'type'], known, cls.__name__)
+
+
+def refuse_unknown_keys(name: str, keys: Collection[str], known: Collection[str], taker: str) -> None:
+    """Raise TypeError unless all ``keys`` of the config ``name`` are among those ``known`` to its ``taker``."""
+    for key in keys:
+        if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f' Did you mean `{close[0]}`?' if close else ''
-            raise TypeError(f'`{name}` has an unknown key `{key}`.{hint} {cls.__name__} takes: {", ".join(known)}.')
+            raise TypeError(f'`{name}` has an unknown key `{key}`.{hint} {taker} takes: {", ".join(known)}.')

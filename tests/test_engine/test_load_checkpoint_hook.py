@@ -189,3 +189,68 @@ def test_class_transfer_by_an_explicit_map(cfg: Config, tmp_path: Path) -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r'`class_transfer` has no map; it has `renamed` and `classes`'):
         LoadCheckpointHook(class_transfer=dict(map={}))
+
+
+def log_of(cfg: Config) -> str:
+    """All that was logged in the work folder."""
+    return ''.join(path.read_text() for path in Path(cfg.work_dir).glob('*/*.log'))
+
+
+@pytest.mark.parametrize('names', ['ours', "detrex's"])
+def test_part_of_a_model_is_a_start_and_nothing_else(cfg: Config, tmp_path: Path, names: str) -> None:
+    """A training starts from it with one warning; a test or a resumed training does not."""
+    state = weights(cfg)
+    given = state if names == 'ours' else as_detrex(state)
+    part = {f'module.{name}': tensor for name, tensor in given.items() if 'encoder.' in name}
+    path = tmp_path / 'part.pth'
+    torch.save(dict(state_dict=part, meta=dict(iter=1, epoch=0)), path)
+    snapshot = train(cfg, 'part', load_from=str(path))
+    own = {name for name in state if name.startswith('encoder.')}
+    assert len(own) == len(part)
+    assert_same({name: snapshot.weights[name] for name in own}, {name: state[name] for name in own})
+    assert not torch.equal(snapshot.weights['level_embed'], state['level_embed'])
+    log = log_of(cfg)
+    missing = len(state) - len(part)
+    assert log.count('tensors of the model are not in it and stay as they are') == 1
+    assert f'WARNING - The checkpoint is part of a DINO detector of {"dino_mm" if names == "ours" else "detrex"}' in log
+    assert f'{missing} tensors of the model' in log
+
+    with pytest.raises(CheckpointError, match=rf'It does not fit the model: {missing} tensors not in the checkpoint'):
+        train(cfg, 'resumed', load_from=str(path), resume=True)
+    tested = Config.fromfile(dino_mm.cfg('dino-demo/dino_digits.py'))
+    cfg.test_cfg, cfg.test_evaluator = (
+        tested.test_cfg,
+        dict(type='DumpDetResults', out_file_path=str(tmp_path / 'x.pkl')),
+    )
+    cfg.load_from, cfg.experiment_name = str(path), 'tested'
+    with pytest.raises(CheckpointError, match=rf'It does not fit the model: {missing} tensors not in the checkpoint'):
+        Runner.from_cfg(cfg).test()
+
+
+def test_class_transfer_takes_a_part_without_classes(cfg: Config, tmp_path: Path) -> None:
+    state = weights(cfg)
+    torch.save({name: state[name] for name in state if name.startswith('encoder.')}, tmp_path / 'part.pth')
+    settings = {'load_from': str(tmp_path / 'part.pth'), 'default_hooks.loading.class_transfer': True}
+    snapshot = train(cfg, 'without', **settings)
+    name = 'encoder.layers.0.norms.0.weight'
+    assert torch.equal(snapshot.weights[name], state[name])
+
+
+@pytest.mark.parametrize('other', [True, False])
+def test_the_config_in_a_checkpoint_is_compared_and_taken_out(cfg: Config, tmp_path: Path, other: bool) -> None:
+    """By `runner.resume` too, of which the config does not tell; another place is no other config."""
+    saved = copy.deepcopy(cfg)
+    saved.work_dir, saved.load_from, saved.resume, saved.launcher = 'elsewhere', 'a.pth', True, 'none'
+    saved.train_cfg.max_iters += other
+    text = saved.pretty_text
+    hook, runner = LoadCheckpointHook(), Runner.from_cfg(cfg)
+    runner.cfg.load_from = 'b'
+    runner._resume = True
+    checkpoint = dict(state_dict=runner.model.state_dict(), meta=dict(config=text, iter=1))
+    hook.after_load_checkpoint(runner, checkpoint)
+    assert checkpoint['meta'] == dict(iter=1)
+    assert ('differs from this run' in log_of(cfg)) == other
+    runner._resume = False
+    checkpoint['meta']['config'] = text
+    hook.after_load_checkpoint(runner, checkpoint)
+    assert 'config' not in checkpoint['meta']

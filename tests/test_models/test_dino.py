@@ -133,6 +133,13 @@ def test_loss_is_the_same_in_eval_mode_without_noise(tiny_cfg: Config) -> None:
         ({'denoising.box_noise_scale': -1}, ValueError, ['box_noise_scale', 'negative']),
         ({'encoder.embed_dims': 32}, ValueError, ['encoder.embed_dims', '16', 'Remove']),
         ({'bbox_head.num_clases': 3}, TypeError, ['bbox_head', 'num_clases', 'Did you mean `num_classes`']),
+        ({'test_cfg.max_per_image': 5}, TypeError, ['`test_cfg`', 'max_per_image', 'Did you mean `max_per_img`']),
+        ({'test_cfg.nms': {}}, TypeError, ['`test_cfg` has an unknown key `nms`. DINOHead takes: max_per_img.']),
+        (
+            {'train_cfg.asigner': {}},
+            TypeError,
+            ['`train_cfg`', 'asigner', 'Did you mean `assigner`', 'takes: assigner.'],
+        ),
     ],
 )
 def test_bad_configs_are_named(change: dict, error: type, words: list[str], tiny_cfg: Config) -> None:

@@ -1,12 +1,15 @@
 """The command-line tools, from the repository: train, resume, test, show, distributed."""
 
+import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, TINY, data_options, options, python, run, scalars
+from mmengine.config import Config
 from PIL import Image
 
 from dino_mm.datasets.digits import make_digits
@@ -44,7 +47,8 @@ def test_training_logs_mmdets_loss_names_and_evaluates(trained: Path) -> None:
 def test_resume_goes_on_as_if_never_interrupted(trained: Path, data: Path, tmp_path: Path) -> None:
     """From iteration 2 of 4, with the same weights, optimizer and learning rate at the end."""
     settings = options(TINY | data_options(data))
-    python('tools/train.py', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'iter_2.pth', *settings)
+    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'iter_2.pth', *settings)
+    assert 'config that lies in the checkpoint' not in done.stdout + done.stderr  # it is the same
     resumed, straight = (torch.load(d / 'iter_4.pth', weights_only=True) for d in (tmp_path, trained))
     assert resumed['meta']['iter'] == straight['meta']['iter'] == 4
     groups = [checkpoint['optimizer']['param_groups'] for checkpoint in (resumed, straight)]
@@ -54,18 +58,125 @@ def test_resume_goes_on_as_if_never_interrupted(trained: Path, data: Path, tmp_p
     assert [line['step'] for line in scalars(tmp_path) if 'loss' in line] == [3, 4]
 
 
+@pytest.mark.parametrize('resume', [True, False])
+def test_resume_without_a_checkpoint_starts_from_load_from(
+    trained: Path, data: Path, tmp_path: Path, resume: bool
+) -> None:
+    """As without ``--resume``: with a learning rate of zero, the weights stay what they were."""
+    settings = TINY | data_options(data) | {'load_from': trained / 'iter_4.pth', 'optim_wrapper.optimizer.lr': 0.0}
+    done = python(
+        *('tools/train.py', CONFIG, '--work-dir', tmp_path, *options(settings | {'train_cfg.max_iters': 2})),
+        *(['--resume'] if resume else []),
+    )
+    start, end = (
+        torch.load(p, weights_only=True)['state_dict'] for p in (trained / 'iter_4.pth', tmp_path / 'iter_2.pth')
+    )
+    parameters = [name for name in start if 'running' not in name and 'num_batches' not in name]
+    assert all(torch.equal(start[name], end[name]) for name in parameters)
+    assert [line['step'] for line in scalars(tmp_path) if 'loss' in line] == [1, 2]
+    said = f'no checkpoint in {tmp_path}. Training starts from `load_from`, {trained / "iter_4.pth"}.'
+    assert (said in done.stdout + done.stderr) == resume
+
+
+def resume_arguments(work_dir: Path, **config: object) -> list[str]:
+    """What ``--resume`` alone makes of the config, and what it says."""
+    code = """
+import sys
+sys.path.insert(0, 'tools')
+import train
+from dino_mm.engine.launch import load_config
+args = train.parse_args()
+config = load_config(args)
+said = train.apply_training_arguments(config, args)
+print('result', config.resume, config.load_from, said, sep='|')
+"""
+    settings = options(config) if config else []
+    done = python('-c', code, CONFIG, '--work-dir', work_dir, '--resume', *settings)
+    return done.stdout.split('result|')[1].strip().split('|')
+
+
+def test_resume_takes_the_latest_or_says_what_it_starts_from(tmp_path: Path) -> None:
+    (tmp_path / 'used').mkdir()
+    (tmp_path / 'used' / 'last_checkpoint').write_text(str(tmp_path / 'used' / 'iter_2.pth'))
+    assert resume_arguments(tmp_path / 'used', load_from='x.pth') == ['True', 'None', 'None']
+    assert resume_arguments(tmp_path / 'new', load_from='x.pth')[:2] == ['False', 'x.pth']
+    resume, load_from, said = resume_arguments(tmp_path / 'new')
+    assert (resume, load_from) == ('False', 'None')
+    assert said.endswith('Training starts from nothing, as the config has no `load_from`.')
+
+
+@pytest.fixture(scope='module', params=['with the hook', 'without it'])
+def config_file(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny config in a file, with and without ``LoadCheckpointHook``."""
+    config = Config.fromfile(ROOT / CONFIG)
+    settings = {**TINY, **data_options(data), 'model.neck.in_channels': [8, 16, 32]}
+    config.merge_from_dict({key: str(v) if isinstance(v, Path) else v for key, v in settings.items()})
+    if request.param == 'without it':
+        del config.default_hooks['loading']
+    path = tmp_path_factory.mktemp('config') / 'tiny.py'
+    config.dump(path)
+    return path
+
+
+@pytest.mark.parametrize('auto', [True, False])
+def test_resume_never_runs_the_config_in_a_checkpoint(
+    trained: Path, config_file: Path, tmp_path: Path, auto: bool
+) -> None:
+    checkpoint = torch.load(trained / 'iter_2.pth', weights_only=True)
+    code = f'open({str(tmp_path / "ran")!r}, "w").close()\n'
+    checkpoint['meta']['config'] = checkpoint['message_hub']['runtime_info']['cfg'] = code
+    torch.save(checkpoint, tmp_path / 'evil.pth')
+    work_dir = tmp_path / 'work'
+    if auto:
+        work_dir.mkdir()
+        (work_dir / 'last_checkpoint').write_text(str(tmp_path / 'evil.pth'))
+    done = python(
+        *('tools/train.py', config_file, '--work-dir', work_dir, '--resume', *([] if auto else [tmp_path / 'evil.pth']))
+    )
+    assert not (tmp_path / 'ran').exists()
+    assert [line['step'] for line in scalars(work_dir) if 'loss' in line] == [3, 4]
+    assert "The config that lies in the checkpoint differs from this run's." in done.stdout + done.stderr
+    saved = torch.load(work_dir / 'iter_4.pth', weights_only=True)
+    assert 'config' not in saved['meta']
+    assert 'optim_wrapper = ' in saved['message_hub']['runtime_info']['cfg']
+
+
+def test_tests_never_run_the_config_in_a_checkpoint(trained: Path, config_file: Path, tmp_path: Path) -> None:
+    """Nor is anything resumed where the config says so."""
+    checkpoint = torch.load(trained / 'iter_2.pth', weights_only=True)
+    checkpoint['meta']['config'] = f'open({str(tmp_path / "ran")!r}, "w").close()\n'
+    torch.save(checkpoint, tmp_path / 'evil.pth')
+    command = ('tools/test.py', config_file, tmp_path / 'evil.pth', '--work-dir', tmp_path / 'work')
+    python(*command, *options({'resume': True}))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_part_of_a_model_is_not_tested(trained: Path, config_file: Path, tmp_path: Path) -> None:
+    state = torch.load(trained / 'iter_2.pth', weights_only=True)['state_dict']
+    torch.save({name: tensor for name, tensor in state.items() if name.startswith('encoder')}, tmp_path / 'part.pth')
+    done = python('tools/test.py', config_file, tmp_path / 'part.pth', '--work-dir', tmp_path / 'work', status=1)
+    assert re.match(r'error: The checkpoint is part of a DINO detector of dino_mm', done.stderr.splitlines()[-1])
+
+
+def test_pictures_that_can_not_be_written_end_the_test_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    done = python('tools/test.py', CONFIG, 'none.pth', '--show-dir', tmp_path / 'file' / 'shown', status=1)
+    assert done.stderr.splitlines()[-1].startswith(f'--show-dir {tmp_path}/file/shown: it can not be written into (')
+
+
 def test_test_evaluates_dumps_and_shows(trained: Path, data: Path, tmp_path: Path) -> None:
     done = python(
         *('tools/test.py', CONFIG, trained / 'iter_4.pth', '--work-dir', tmp_path),
-        *('--out', tmp_path / 'out.pkl', '--show-dir', 'shown'),
+        *('--out', tmp_path / 'out.pkl', '--show-dir', os.path.relpath(tmp_path / 'shown', ROOT)),
         *options(TINY | data_options(data)),
     )
     assert 'coco/bbox_mAP:' in done.stdout
     results = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     assert [r['img_id'] for r in results] == [1, 2, 3]
     assert all(0 < len(r['pred_instances']['scores']) <= 40 for r in results)
-    pictures = sorted(tmp_path.glob('*/shown/*.png'))
-    assert len(pictures) == 3
+    pictures = sorted((tmp_path / 'shown').rglob('*.png'))
+    assert [path.name for path in pictures] == sorted(path.name for path in (data / 'val').glob('*.png'))
+    assert {path.parent for path in pictures} == {tmp_path / 'shown'}
     assert np.array(Image.open(pictures[0])).shape == (128, 256, 3)  # truth and predictions side by side
 
 

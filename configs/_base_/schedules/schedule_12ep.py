@@ -1,6 +1,6 @@
 # 90000 iterations of 16 images: 12 epochs of COCO.
 max_iters = 90000
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=5000)
+train_cfg = dict(type='dino_mm.IterBasedTrainLoop', max_iters=max_iters, val_interval=5000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 

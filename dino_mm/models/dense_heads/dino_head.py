@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ..box_ops import refine_boxes
+from ..builder import refuse_unknown_keys
 from ..losses.set_criterion import LOSSES, SetCriterion
 from ..structures import Predictions, QuerySelection, Targets
 
@@ -34,6 +35,9 @@ class DINOHead(BaseModule):
         loss_dn_cls: Config of the denoising queries' classification loss; None is ``loss_cls``.
         train_cfg: ``assigner``, config of the matcher; handed down by the detector.
         test_cfg: ``max_per_img``, detections kept of each image; handed down by the detector.
+
+    Raises:
+        TypeError: ``train_cfg`` or ``test_cfg`` has another key.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class DINOHead(BaseModule):
         test_cfg: OptConfigType = None,
     ) -> None:
         super().__init__()
+        refuse_unknown_keys('train_cfg', train_cfg or {}, ['assigner'], type(self).__name__)
+        refuse_unknown_keys('test_cfg', test_cfg or {}, ['max_per_img'], type(self).__name__)
         self.num_classes = num_classes
         self.max_per_img = (test_cfg or {}).get('max_per_img', 300)
         cls_branch = nn.Linear(embed_dims, num_classes)

@@ -1,5 +1,8 @@
 """DINO: the whole data path."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.structures import OptSampleList, SampleList
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
-from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load
+from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load, loading
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
 from ..layers.denoising import CDNGenerator
@@ -138,6 +141,24 @@ class DINO(DetectionTransformer):
             embed_dims=self.embed_dims,
             num_queries=self.num_queries,
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the checkpoint of any known library, else as torch does.
+
+        Args:
+            state_dict: Name -> tensor, ours or of another library; also a checkpoint with more around it.
+            strict: Refuse what does not fit in every tensor; else load what fits.
+            assign: As torch's.
+
+        Returns:
+            ``missing_keys``, names of the model, and ``unexpected_keys``, names of ``state_dict``.
+
+        Raises:
+            CheckpointError: With ``strict``, something does not fit; the message says what and the way out.
+            RuntimeError: Without ``strict``, a tensor has another shape.
+        """
+        with loading(self, strict):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of a batch of images (bs, 3, height, width), normalised and padded at the bottom and right."""

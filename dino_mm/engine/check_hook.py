@@ -1,0 +1,54 @@
+"""What would go wrong hours later, found before the first iteration."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from dino_mm.registry import HOOKS
+
+from ..datasets.coco import CheckedCocoDataset
+from .loops import require_epochs_that_end
+
+
+@HOOKS.register_module()
+class CheckRunHook(Hook):
+    """Refuses to train by epochs that never end, and to train, validate or test without all pictures.
+
+    Annotation files are verified when data sets and metrics are built, for training and validation alike, before this.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check training and validation.
+
+        Raises:
+            AnnotationError: Pictures are missing.
+            ValueError: The sampler never ends, so neither does an epoch.
+        """
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            require_epochs_that_end(runner.train_loop)
+        loops = [runner.train_loop] if runner.val_loop is None else [runner.train_loop, runner.val_loop]
+        for loop in loops:
+            require_pictures(loop.dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the test's pictures."""
+        require_pictures(runner.test_loop.dataloader.dataset)
+
+
+def require_pictures(dataset: Any) -> None:
+    """Raise AnnotationError if a data set, or one of those that it wraps, misses pictures."""
+    for part in parts_of(dataset):
+        if isinstance(part, CheckedCocoDataset):
+            part.require_pictures()
+
+
+def parts_of(dataset: Any) -> Iterator[Any]:
+    """The data sets within wrappers such as ``ConcatDataset`` and ``RepeatDataset``; else the data set itself."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner == [None]:
+        yield dataset
+    else:
+        for part in inner:
+            yield from parts_of(part)
