@@ -17,6 +17,8 @@ from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.checkpoints.files import register_safe_loaders
 from dino_mm.shipped import cfg as shipped_config
 
+from ..datasets.coco_rules import AnnotationError
+from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
 
 
@@ -55,26 +57,30 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def build_runner(config: Config) -> Runner:
-    """Build the runner of a config, with gloo where there is no GPU, and with :class:`LoadCheckpointHook`."""
+    """Build the runner of a config, with gloo where there is no GPU, and with the hooks that our tools rely on.
+
+    Without :class:`LoadCheckpointHook`, mmengine runs the config inside a checkpoint.
+    """
     setup_cache_size_limit_of_dynamo()
     if config.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(config)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
-    if not any(isinstance(hook, LoadCheckpointHook) for hook in runner.hooks):
-        runner.register_hook(LoadCheckpointHook())  # without it, mmengine runs the config inside a checkpoint
+    for needed in (CheckRunHook, LoadCheckpointHook):
+        if not any(isinstance(hook, needed) for hook in runner.hooks):
+            runner.register_hook(needed())
     return runner
 
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """End the program with the message alone where a checkpoint does not fit; processes leave together if all is well.
+    """End the program with the message alone where checkpoint or data do not fit; processes leave together otherwise.
 
     A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
     the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
         yield
-    except CheckpointError as error:
+    except (AnnotationError, CheckpointError) as error:
         raise SystemExit(f'error: {error}') from None
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
         torch.distributed.barrier()

@@ -24,10 +24,19 @@ def test_training_does_not_start_without_a_picture(part: str, data: Path, tmp_pa
     (data / part / '000001.png').unlink()
     settings = options(TINY | data_options(data))
     done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    assert 'error: ' in done.stderr
+    assert 'Traceback' not in done.stderr
     assert '1 images whose picture is missing' in done.stderr
     assert 'id 2 (000001.png)' in done.stderr
     assert not list((tmp_path / 'work').glob('*.pth'))
     assert 'Iter(train)' not in done.stdout
+
+
+def test_configs_without_the_hook_are_checked_by_our_tools(data: Path, tmp_path: Path) -> None:
+    (data / 'val' / '000001.png').unlink()
+    settings = options(TINY | data_options(data) | {'default_hooks.checks.type': 'IterTimerHook'})
+    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    assert '1 images whose picture is missing' in done.stderr
 
 
 @pytest.mark.parametrize('damage', ['class', 'json', 'reference'])
@@ -44,6 +53,7 @@ def test_training_does_not_start_with_faulty_validation_annotations(damage: str,
     words = {'class': 'no categories 3', 'json': 'JSON breaks off', 'reference': 'image_id 99'}[damage]
     assert words in done.stderr
     assert str(path) in done.stderr
+    assert 'Traceback' not in done.stderr
     assert 'Iter(train)' not in done.stdout
 
 
@@ -54,8 +64,10 @@ def test_wrapped_data_sets_are_checked(data: Path) -> None:
         CheckedCocoDataset(ann_file=f'annotations/{part}.json', data_prefix=dict(img=part), **options)
         for part in ('train', 'val')
     )
-    nested = RepeatDataset(ConcatDataset([whole, lacking]), 3)
-    assert list(parts_of(nested)) == [whole, lacking]
+    both, repeated = ConcatDataset([whole, lacking]), RepeatDataset(lacking, 3)
+    assert list(parts_of(both)) == [whole, lacking]
+    assert list(parts_of(repeated)) == [lacking]
     require_pictures(ConcatDataset([whole, whole]))
-    with pytest.raises(ValueError, match=r'000000\.png'):
-        require_pictures(nested)
+    for wrapped in (both, repeated):
+        with pytest.raises(ValueError, match=r'000000\.png'):
+            require_pictures(wrapped)
