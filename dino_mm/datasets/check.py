@@ -123,6 +123,8 @@ def check_dataset(
     if folder is not None:
         _check_pictures(check, str(folder), pixels)
     _check_boxes(check)
+    if not any(not annotation['iscrowd'] for annotation in file.annotations):
+        findings.add('no-objects', f'{len(file.images)} images')
     return check
 
 

@@ -96,6 +96,7 @@ RULES: dict[str, Rule] = {
     'missing-picture': _fault(
         'images whose picture is missing', 'Correct `data_root`, `data_prefix` or `file_name`.', droppable=True
     ),
+    'no-objects': _fault('files without an object to train on', 'Label some, or correct the entries above.'),
     'missing-class': _fault('classes that the file does not have', 'Set `metainfo=dict(classes=(...))` to its names.'),
 }
 

@@ -110,6 +110,16 @@ def test_classes_and_hints(tmp_path) -> None:
     assert 'One image has 152 objects: its denoising queries are 304' in report
 
 
+@pytest.mark.parametrize('left', [[], [dict(id=1, image_id=3, category_id=2, bbox=[1, 2, 3, 4], area=12, iscrowd=1)]])
+def test_a_file_without_an_object_is_no_training_set(left: list, tmp_path) -> None:
+    path = write(tmp_path, clean() | dict(annotations=left))
+    check = check_dataset(str(path), tmp_path)
+    assert check.has_faults
+    assert '1 files without an object to train on' in check.report()
+    with pytest.raises(AnnotationError, match='has a box to train on'):
+        build(tmp_path, filter_cfg=dict(filter_empty_gt=True))
+
+
 def test_hundred_thousand_annotations_take_less_than_a_minute(tmp_path) -> None:
     rng = np.random.default_rng(0)
     boxes = rng.uniform(1, 200, (100_000, 4)).round(2).tolist()
