@@ -1,14 +1,21 @@
 """DINO for MMDetection 3.x as registered modules and mmengine configs, numerically equal to detrex's."""
 
-from .compat import allow_mmengine_checkpoints, check_versions
+import sys
+
+from . import standin
+from .compat import check_versions
 from .shipped import cfg
 from .version import __version__
 
-check_versions()
-allow_mmengine_checkpoints()
+standin.install()
+# `python -m dino_mm.env` reports what is wrong where the rest fails; while it looks for the module, this is `argv`.
+if not (sys.argv[:1] == ['-m'] and 'dino_mm.env' in getattr(sys, 'orig_argv', ())):
+    check_versions()
 
-from .checkpoints.files import register_formats  # noqa: E402  (imports the libraries checked above)
+    from .checkpoints.files import register_formats
+    from .checkpoints.runner_types import allow_mmengine_checkpoints
 
-register_formats()
+    allow_mmengine_checkpoints()
+    register_formats()
 
 __all__ = ['__version__', 'cfg']

@@ -27,6 +27,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import cv2
+
+import dino_mm  # first, for it says what does not fit
+
+# isort: split
 import mmcv
 import mmdet
 import mmengine
@@ -37,7 +41,6 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-import dino_mm
 from dino_mm.engine.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
 from dino_mm.engine.profiling import LABEL_CHECK, Worker
 

@@ -4,6 +4,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import dino_mm  # noqa: F401  (first, for it says what does not fit)
+
+# isort: split
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict

@@ -8,6 +8,9 @@ import argparse
 import re
 from pathlib import Path
 
+import dino_mm  # noqa: F401  (first, for it says what does not fit)
+
+# isort: split
 import torch
 import yaml
 from mmdet.structures import DetDataSample

@@ -1,5 +1,6 @@
 default_scope = 'mmdet'
-# Types such as dino_mm.DINO need no import; this makes checkpoints load before a model is built, as inferencers do.
+# Neither types such as dino_mm.DINO nor checkpoints of ours need this import. Inferencers do, which open a checkpoint
+# before they build a model, for what mmengine cannot open: detectron2's `.pkl`, checkpoints that mmengine itself wrote.
 custom_imports = dict(imports=['dino_mm'], allow_failed_imports=False)
 
 default_hooks = dict(

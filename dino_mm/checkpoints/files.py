@@ -20,8 +20,8 @@ from mmengine.runner import CheckpointLoader
 from packaging.version import Version
 from tqdm import tqdm
 
-from ..compat import RUNNER_TYPES
 from .errors import CheckpointError
+from .runner_types import RUNNER_TYPES
 
 #: Where detectron2 keeps its model zoo.
 DETECTRON2_ZOO = 'https://dl.fbaipublicfiles.com/detectron2/'
@@ -38,6 +38,9 @@ ARRAY_CLASSES = {
 #: What tensors, state dicts and numpy's bytes are made of.
 TENSOR_TYPES = {
     '_codecs.encode',
+    'builtins.complex',
+    'builtins.set',
+    'collections.Counter',  # the milestones of a MultiStepLR
     'collections.OrderedDict',
     'torch._utils._rebuild_tensor_v2',
     'torch._utils._rebuild_parameter',

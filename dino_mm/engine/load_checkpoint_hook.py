@@ -18,6 +18,7 @@ from ..checkpoints.detectors import OURS
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.loading import check_detector, report
 from ..models.detectors.dino import DINO
+from .plain_checkpoints import PlainCheckpointHook, from_plain, restore_dataset_meta
 
 #: Lines of a config that say where a run starts and what it writes to, not what it does.
 PLACES = re.compile(r'^(load_from|resume|work_dir|launcher) = .*\n', re.MULTILINE)
@@ -29,7 +30,7 @@ class LoadCheckpointHook(Hook):
 
     The detector itself converts and checks whatever it loads; this hook adds what needs the runner. It lets a training
     start from part of a model, and no test. The text of a config that lies in a checkpoint is taken out, since
-    mmengine would run it as Python to resume.
+    mmengine would run it as Python to resume. What it saves is plain data, see :mod:`.plain_checkpoints`.
 
     Args:
         class_transfer: Keep the classes that checkpoint and data set both have, by name, and start the others anew. A
@@ -49,9 +50,17 @@ class LoadCheckpointHook(Hook):
         self.class_transfer = class_transfer
         self.ema = ema
 
+    def before_run(self, runner: Runner) -> None:
+        """Let checkpoints be written as plain data; a hook of its own comes after all that add to them."""
+        if not any(isinstance(hook, PlainCheckpointHook) for hook in runner.hooks):
+            runner.register_hook(PlainCheckpointHook())
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Rewrite ``checkpoint`` in place before the model loads it."""
         resuming = bool(getattr(runner, '_resume', False))
+        from_plain(checkpoint)
+        if resuming:
+            restore_dataset_meta(checkpoint, getattr(runner.train_dataloader.dataset, 'metainfo', None))
         _take_out_config(runner, checkpoint, resuming)
         model = runner.model
         while not isinstance(model, DINO):  # within DDP, test-time augmentation, or both

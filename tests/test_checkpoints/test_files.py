@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +69,8 @@ def test_restricted_unpickler_of_older_torch(tmp_path: Path, old_format: bool) -
     assert all(torch.equal(content['model'][name], tensor) for name, tensor in weights.items())
     assert content['args'].lr == 1
     assert content['log']['loss'].mean() == 1.5
+    plain = dict(milestones=Counter([3, 3, 5]), kept={1, 2}, phase=1j)
+    assert read(plain) == plain
     Marker.created = 0
     marker = Marker()
     marker.value = 1

@@ -16,10 +16,10 @@ from mmengine.registry import init_default_scope
 import dino_mm
 from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter
 from dino_mm.models import DINO
-from dino_mm.models.layers import linear
 from dino_mm.models.structures import collate_targets
 from dino_mm.models.task_modules import assignment
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
+from dino_mm.ops import tracing
 from dino_mm.registry import MODELS
 
 #: Operator calls for two images of one size, without padding. MMDetection's DINO makes 7,934 and 5,400, and has 299
@@ -33,7 +33,7 @@ WAITS = {'Tensor.cpu': 1}
 def _operators_of_any_machine() -> Iterator[None]:
     """What a compiler sees, not a CPU's linear layers as convolutions; in place of the one operator with which a GPU
     samples, mmcv's PyTorch code, not the sparse product of a CPU."""
-    with mock.patch.object(linear, 'is_compiling', return_value=True):
+    with mock.patch.object(tracing, 'is_compiling', return_value=True):
         yield
 
 

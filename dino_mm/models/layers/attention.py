@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
+from ...ops.deformable_sampling import sample_levels
 from ..structures import FeatureLevels
 from .linear import linear
-from .sampling import sample_levels
 
 
 class SelfAttention(nn.Module):
@@ -55,7 +55,7 @@ class SelfAttention(nn.Module):
 
 
 class DeformableAttention(MultiScaleDeformableAttention):
-    """mmcv's ``MultiScaleDeformableAttention``, its parameters and its CUDA op, without waiting for the host.
+    """mmcv's ``MultiScaleDeformableAttention`` with its parameters, without waiting for the host.
 
     mmcv's own ``forward`` compares token counts on the host in every call. Here the shapes are known to the host
     beforehand, and under autocast the sampling runs in the precision of the reference points (float32), as

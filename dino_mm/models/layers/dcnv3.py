@@ -6,8 +6,8 @@ import torch
 from mmengine.model import constant_init, xavier_init
 from torch import Tensor, nn
 
+from ...ops.deformable_sampling import sample_levels
 from ..structures import FeatureLevels
-from .sampling import sample_levels
 from .tokens import token_centers
 
 NUM_POINTS = 9
@@ -67,8 +67,8 @@ class DCNv3(nn.Module):
     """Deformable convolution v3: per group, a weighted sum of 3x3 samples whose places and weights follow the input.
 
     With the projected map as value, the moved kernel points as sampling locations and the softmax over a group's
-    points as attention weights, this is deformable attention into one level: mmcv's op runs it. Outside of the map
-    there are zeros, which is what the padding of a convolution gives.
+    points as attention weights, this is deformable attention into one level: :func:`sample_levels` runs it. Outside
+    of the map there are zeros, which is what the padding of a convolution gives.
 
     Args:
         channels: Width ``dim``.

@@ -10,7 +10,8 @@ from mmengine.model import Sequential
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .linear import Linear, as_kernel, as_map, is_looked_into, runs_as_convolution
+from ...ops.tracing import is_looked_into
+from .linear import Linear, as_kernel, as_map, runs_as_convolution
 
 #: Most memory of the hidden layer of tokens that a CPU computes at once. For a tensor of 32 MiB and more glibc asks the
 #: system, which clears all its pages before they are written to; the memory of smaller ones it uses again.

@@ -1,19 +1,12 @@
 """Linear layers of tokens, and the choice of what runs them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Its public place since torch 2.3, or the one before.
-is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
-
-
-def is_looked_into() -> bool:
-    """Whether torch records what runs, to compile, trace or export it: operators should be plain ones then."""
-    return is_compiling() or torch.jit.is_tracing()
+from ...ops.tracing import is_looked_into
 
 
 def _onednn_is_faster() -> bool:

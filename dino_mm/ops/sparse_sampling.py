@@ -1,4 +1,4 @@
-"""Weighted bilinear samples of feature maps, the core of deformable attention, and the choice of what runs them."""
+"""Samples of deformable attention on a CPU, as product of a sparse matrix and the values."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,47 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 from scipy.sparse import csc_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..structures import FeatureLevels
-from .linear import is_looked_into
-
-#: Images that mmcv's CUDA op takes at once; its default.
-IM2COL_STEP = 64
-
 # torch warns once per process that its CSR layout is in beta, which no user can act on: the warning is spent here.
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
-
-
-def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: FeatureLevels) -> Tensor:
-    """Weighted sum of bilinear samples.
-
-    On a GPU mmcv's op runs, on a CPU a sparse product. mmcv's PyTorch code is slower, but torch can look into it:
-    it serves to compile, trace and export, on the meta device, and in half precision.
-
-    Args:
-        value: (bs, num_tokens, num_heads, dim / num_heads); 0 is read outside of a level.
-        locations: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y) in [0, 1] of the level.
-        weights: (bs, num_queries, num_heads, num_levels, num_points).
-        levels: Geometry of the tokens.
-
-    Returns:
-        (bs, num_queries, dim).
-    """
-    if value.is_cuda:
-        return MultiScaleDeformableAttnFunction.apply(
-            value, levels.shape_tensor, levels.start_index, locations, weights, IM2COL_STEP
-        )
-    plain = value.device.type == 'cpu' and value.dtype in (torch.float32, torch.float64)
-    if is_looked_into() or not plain:
-        return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
-    return SparseSampling.apply(value, locations, weights, levels.shapes)
 
 
 class Geometry(NamedTuple):
@@ -114,7 +82,7 @@ class SparseSampling(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
-        """See :func:`sample_levels`."""
+        """See :func:`~dino_mm.ops.deformable_sampling.sample_levels`."""
         ctx.geometry = geometry = make_geometry(shapes, len(value), *locations.shape[2:5:2], locations.dtype)
         values, samples = pad_levels(value, geometry), find_samples(locations, geometry)
         ctx.save_for_backward(values, *samples, weights)

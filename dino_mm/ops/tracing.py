@@ -1,0 +1,13 @@
+"""Whether torch runs the code, or looks into it."""
+
+from collections.abc import Callable
+
+import torch
+
+#: Its public place since torch 2.3, or the one before.
+is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+
+
+def is_looked_into() -> bool:
+    """Whether torch records what runs, to compile, trace or export it: operators should be plain ones then."""
+    return is_compiling() or torch.jit.is_tracing()

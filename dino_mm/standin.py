@@ -1,0 +1,104 @@
+"""A stand-in for ``mmcv._ext``, mmcv's compiled operators, for an mmcv that comes without them.
+
+mmcv-lite has the Python side of every operator, but fails to import it. With this, ``import mmcv.ops`` and
+``import mmdet`` work; an operator complains when it is called. What Python finds by itself comes first: compiled
+operators are never hidden. This file is also loaded by path as Python starts, so it imports nothing but Python's own.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+TYPE_CHECKING = False  # `typing` is not loaded as Python starts
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+MODULE = 'mmcv._ext'
+WAY_OUT = (
+    '`make setup MMCV=build` in a checkout of dino_mm compiles them; elsewhere: '
+    '`pip uninstall -y mmcv-lite`, then `pip install --no-build-isolation mmcv==2.1.0` with a C++ compiler.'
+)
+
+
+class MissingOperators(types.ModuleType):
+    """A module with a function for whatever operator it is asked for; names with an underscore are none."""
+
+    def __getattr__(self, name: str) -> Callable:
+        """Make the function of an operator."""
+        if name.startswith('_'):
+            raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
+        return self.__dict__.setdefault(name, missing_operator(name))
+
+
+def missing_operator(name: str) -> Callable:
+    """A function that says how to get this operator."""
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(f"mmcv's operator {name!r} is missing: this mmcv has no compiled operators. {WAY_OUT}")
+
+    missing.__module__, missing.__name__, missing.__qualname__ = MODULE, name, name
+    return missing
+
+
+def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Non-maximum suppression by torchvision, as mmcv's operator does it; test-time augmentation needs it.
+
+    Args:
+        bboxes: (num_boxes, 4), xyxy.
+        scores: (num_boxes,).
+        iou_threshold: A box goes if it overlaps one of a higher score by more.
+        offset: 1 if the last pixel belongs to a box, or 0.
+
+    Returns:
+        (num_kept,) int64 indices, the highest score first.
+    """
+    from torchvision.ops import nms as torchvision_nms
+
+    return torchvision_nms(bboxes + bboxes.new_tensor([0, 0, offset, offset]), scores, iou_threshold)
+
+
+def not_available() -> str:
+    """What mmcv's reports say of a compiler that there was not."""
+    return 'not available'
+
+
+class Finder:
+    """Finds the stand-in, and makes it; Python asks it last."""
+
+    marker = 'dino_mm.standin'
+
+    @staticmethod
+    def find_spec(
+        fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """For ``mmcv._ext`` alone."""
+        if fullname != MODULE:
+            return None
+        return importlib.machinery.ModuleSpec(MODULE, Finder, origin=Finder.marker)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """The module, which :func:`is_standin` recognises by its mark."""
+        module = MissingOperators(spec.name, __doc__)
+        module.__dict__['__standin__'] = Finder.marker
+        return module
+
+    @staticmethod
+    def exec_module(module: types.ModuleType) -> None:
+        """Add what needs no compiler."""
+        module.__dict__.update(nms=nms, get_compiler_version=not_available, get_compiling_cuda_version=not_available)
+
+
+def is_standin(module: types.ModuleType) -> bool:
+    """Whether ``module``, mmcv's ``_ext``, is this stand-in, from whichever copy of this file."""
+    return getattr(module, '__standin__', None) == Finder.marker
+
+
+def install() -> None:
+    """Have Python find the stand-in; any number of times, and from any number of copies of this file."""
+    if not any(getattr(finder, 'marker', None) == Finder.marker for finder in sys.meta_path):
+        sys.meta_path.append(Finder)
