@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import MMDET_TOOLS, ROOT, options, python, scalars
+from packaging.requirements import Requirement
 
 import dino_mm
 from dino_mm.datasets.digits import make_digits
@@ -37,9 +38,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the installed wheel, to be put on PYTHONPATH."""
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel, to be put on PYTHONPATH; the one that this Python has, if it has one."""
+    here = Path(dino_mm.__file__).parents[1]
+    if here != ROOT:
+        return here
     target = tmp_path_factory.mktemp('site')
+    wheel = request.getfixturevalue('wheel')
     python('-m', 'pip', 'install', '--no-deps', '--quiet', '--target', target, wheel)
     return target
 
@@ -52,6 +57,54 @@ def test_wheel_carries_configs_tools_and_index(wheel: Path) -> None:
     assert mim == configs | tools | {'model-index.yml'}
     assert wheel.name.startswith(f'mmdet_dino-{dino_mm.__version__}-')
     assert 'dino_mm/py.typed' in names
+    assert f'mmdet_dino-{dino_mm.__version__}.data/purelib/mmdet_dino.pth' in names  # pip puts it into site-packages
+
+
+def test_extras_ask_for_one_kind_of_mmdetection(wheel: Path) -> None:
+    metadata = zipfile.ZipFile(wheel).read(f'mmdet_dino-{dino_mm.__version__}.dist-info/METADATA').decode()
+    required = [
+        Requirement(line.split(': ', 1)[1]) for line in metadata.splitlines() if line.startswith('Requires-Dist')
+    ]
+
+    def names(extra: str) -> set[str]:
+        environment = {'extra': extra, 'python_version': '3.13'}
+        return {r.name for r in required if r.marker and r.marker.evaluate(environment)}
+
+    mmdetection, extras = {'mmcv-lite', 'mmdet', 'mmengine'}, ('cpu', 'gpu', 'demo', 'fast-eval', 'all')
+    assert {r.name for r in required if not r.marker} == {'torch', 'packaging', 'pycocotools', 'scipy', 'timm'}
+    assert names('cpu') == mmdetection
+    assert names('gpu') == mmdetection | {'deformops'}
+    assert names('all') == set.union(*map(names, extras[:-1]))
+    assert not [r for r in required if r.name in ('numpy', 'opencv-python', 'mmcv')]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site directory as pip leaves it: our .pth file, a package whose stand-in says that it is installed."""
+    shutil.copy(ROOT / 'mmdet_dino.pth', tmp_path)
+    (tmp_path / 'dino_mm').mkdir()
+    (tmp_path / 'dino_mm' / '__init__.py').write_text('raise RuntimeError("imported")')
+    (tmp_path / 'dino_mm' / 'standin.py').write_text('def install():\n    print("installed")')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('removed', 'said'),
+    [([], 'installed\n'), (['standin.py'], ''), (['__init__.py'], ''), (['standin.py', '__init__.py'], '')],
+)
+def test_start_of_python_installs_the_standin_if_it_is_there(site: Path, removed: list[str], said: str) -> None:
+    for name in removed:
+        (site / 'dino_mm' / name).unlink()
+    # -S: without this environment's own packages, of which dino_mm is one
+    done = python('-S', '-c', f'import site; site.addsitedir({str(site)!r})', cwd=site.parent, PYTHONPATH='')
+    assert (done.stdout, done.stderr) == (said, '')
+
+
+def test_standin_is_there_before_mmdet_is_imported(tmp_path: Path) -> None:
+    code = "import sys, mmdet.evaluation; print('dino_mm' in sys.modules)"
+    assert python('-c', code, cwd=tmp_path).stdout.splitlines()[-1] == 'False'
+    code = 'import sys; print(*(getattr(f, "marker", "") for f in sys.meta_path))'
+    assert python('-c', code, cwd=tmp_path).stdout.split() == ['dino_mm.standin']
 
 
 def test_tools_run_from_the_installed_package(installed: Path, tmp_path: Path) -> None:
@@ -121,8 +174,10 @@ def test_index_lists_existing_metafiles_and_configs() -> None:
 
 
 def test_versions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    info = tmp_path / 'mmcv-2.2.0.dist-info'
+    """Before anything else; see test_compat.py for all that does not fit."""
+    info = tmp_path / 'mmcv-1.7.2.dist-info'
     info.mkdir()
-    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: mmcv\nVersion: 2.2.0\n')
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: mmcv\nVersion: 1.7.2\n')
     done = python('-c', 'import dino_mm', cwd=tmp_path, status=1, PYTHONPATH=f'{tmp_path}:{ROOT}')
-    assert 'dino_mm needs mmcv >=2.0.0, <2.2.0, but mmcv 2.2.0 is installed' in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert 'dino_mm needs mmcv >=2.0.0, <3.0.0, but mmcv 1.7.2 is installed, which is too old: `pip uninstall' in last

@@ -79,6 +79,7 @@ def settings(classes: tuple[str, ...], root: Path) -> dict:
     return result | {f'{part}_evaluator.ann_file': root / 'val.json' for part in ('val', 'test')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['digits', 'bccd'])
 def test_rows_in_reverse_train_evaluate_and_name_alike(source: str, tmp_path: Path) -> None:
     if source == 'bccd' and not BCCD.is_dir():

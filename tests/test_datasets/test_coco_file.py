@@ -460,7 +460,7 @@ def mutate(content: dict, kind: str, entry: int, key: str, how: str) -> None:
         row[key] = {'null': None, 'text': str(value), 'list': [value], 'object': {'value': value}}[how]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(mutations(), min_size=1, max_size=3), st.integers(0, 10**9))
 def test_the_law(tmp_path_factory, changes, number) -> None:
     """A mutated file is read as the clean one, or refused in an error that names it and an id or a place in it."""

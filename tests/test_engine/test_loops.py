@@ -296,6 +296,7 @@ def run_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_goes_on_where_it_was(tmp_path: Path) -> None:
     """Also with seeds that mmengine makes differ; together they deal out each picture once, and draw differently."""
     mp.spawn(run_rank, (tmp_path,), nprocs=2)
@@ -365,6 +366,7 @@ def kill_after(checkpoint: Path, *command: str | Path) -> None:
     assert note.read_text() == str(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(config: Path, tmp_path: Path) -> None:
     killed, straight = tmp_path / 'killed', tmp_path / 'straight'
     length = {'train_cfg.max_iters': 20, 'default_hooks.checkpoint.interval': 10}
@@ -378,6 +380,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(config: Path, tmp_
         assert_same_weights(killed / name, straight / name)
 
 
+@pytest.mark.slow
 def test_distributed_training_goes_on_as_if_nothing_had_happened(config: Path, tmp_path: Path) -> None:
     settings = options(SETTINGS | {'train_cfg.max_iters': 8, 'default_hooks.checkpoint.interval': 4})
     for name, more in (('straight', []), ('on', ['--resume', tmp_path / 'straight/iter_4.pth'])):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import platform
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -10,22 +9,20 @@ from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
+from commands import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'tools' / 'setup_env.py'
 PYTHON = f'{sys.version_info[0]}.{sys.version_info[1]}'
-TAG = f'cp{sys.version_info[0]}{sys.version_info[1]}'
-MACHINE = platform.machine()
 DiskUsage = namedtuple('DiskUsage', 'total used free')
 
 
 @pytest.fixture
 def setup_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script as a module, in a temporary directory, on a machine fit for a build."""
-    spec = importlib.util.spec_from_file_location('setup_env', SCRIPT)
+    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, 'setup_env', module)  # dataclasses look their module up there
     spec.loader.exec_module(module)
-    for name in ('CXX', 'TORCH_SPEC', 'MAX_JOBS'):
+    for name in ('CXX', 'TORCH_SPEC', 'MAX_JOBS', 'MMCV', 'FORCE_CUDA', 'CUDA_HOME', 'CUDA_PATH'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('VENV', str(tmp_path / 'venv'))
     monkeypatch.setenv('DINO_MM_CACHE', str(tmp_path / 'cache'))
@@ -52,11 +49,13 @@ def fake_venv(settings) -> None:
     (settings.venv / 'pyvenv.cfg').write_text(f'version = {PYTHON}.4\n')
 
 
-def fake_package(settings, name: str, version: str, last_file: str = 'INSTALLER') -> None:
-    packages = settings.venv / 'lib' / f'python{PYTHON}' / 'site-packages'
-    info = packages / f'{name}-{version}.dist-info'
+def fake_package(settings, name: str, version: str, complete: bool = True) -> Path:
+    info = settings.site_packages / f'{name.replace("-", "_")}-{version}.dist-info'
     info.mkdir(parents=True)
-    (info / last_file).touch()
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+    if complete:
+        (info / 'INSTALLER').touch()
+    return info
 
 
 def fail(setup_env: ModuleType, capsys: pytest.CaptureFixture) -> str:
@@ -68,23 +67,6 @@ def fail(setup_env: ModuleType, capsys: pytest.CaptureFixture) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ('cuda', 'gpu_ops', 'ops'),
-    [(None, False, 'cpu'), ('13.0', False, 'cu13.0'), ('12.1', True, 'cu12.1-gpuops')],
-)
-def test_wheel_folder(setup_env, tmp_path, cuda, gpu_ops, ops):
-    torch = setup_env.Torch('2.14.1', cuda, gpu_ops, 'include')
-    folder = setup_env.wheel_folder(setup_env.Settings.from_env(), torch.version, torch.ops)
-    assert folder == tmp_path / 'cache' / 'wheels' / f'mmcv2.1.0-torch2.14.1-{TAG}-{MACHINE}-{ops}'
-
-
-def test_wheel_folder_names_the_python_of_the_environment(setup_env):
-    settings = setup_env.Settings.from_env()
-    fake_venv(settings)
-    (settings.venv / 'pyvenv.cfg').write_text('home = /usr/bin\nversion = 3.10.13\n')
-    assert '-cp310-' in setup_env.wheel_folder(settings, '2.14.1', 'cpu').name
-
-
 def test_cache_follows_xdg(setup_env, monkeypatch):
     monkeypatch.delenv('DINO_MM_CACHE')
     monkeypatch.setenv('XDG_CACHE_HOME', '/caches')
@@ -93,98 +75,90 @@ def test_cache_follows_xdg(setup_env, monkeypatch):
     assert setup_env.Settings.from_env().cache == Path.home() / '.cache' / 'dino_mm'
 
 
+def test_python_version_is_the_one_of_the_environment(setup_env):
+    settings = setup_env.Settings.from_env()
+    assert settings.python_version == PYTHON
+    fake_venv(settings)
+    (settings.venv / 'pyvenv.cfg').write_text('home = /usr/bin\nversion = 3.9.18\n')
+    assert settings.python_version == '3.9'
+
+
 @pytest.mark.parametrize(
-    ('header', 'standard'),
+    ('mmcv', 'wheel', 'files', 'build'),
     [
-        ('#error C++20 or later compatible compiler is required to use PyTorch.', '20'),
-        ('#error "C++17 or later compatible compiler is required to use PyTorch."', '17'),
-        ('#error C++14 or later compatible compiler is required to use ATen.', '14'),
-        ('#pragma once', '17'),
+        ('', '', ['requirements-lite.txt'], False),
+        ('', '/w/mmcv-2.1.0.whl', ['requirements-build.txt'], False),
+        ('build', '/w/mmcv-2.1.0.whl', ['requirements-build.txt'], True),
+        ('forks', None, ['requirements-forks.txt'], None),
     ],
 )
-def test_cpp_standard(setup_env, tmp_path, header, standard):
-    folder = tmp_path / 'include' / 'torch' / 'csrc'
-    folder.mkdir(parents=True)
-    (folder / 'all.h').write_text(f'#if !defined(_MSC_VER)\n{header}\n#endif\n')
-    (folder / 'latin1.h').write_bytes(b'// \xe9\n')
-    assert setup_env.cpp_standard(tmp_path / 'include') == standard
+def test_kinds_of_mmdetection(setup_env, monkeypatch, mmcv, wheel, files, build):
+    """A kind's own file of requirements, mmcv's wheel where there is one, and no torch but the chosen one."""
+    monkeypatch.setenv('MMCV', mmcv)
+    commands = []
+    monkeypatch.setattr(setup_env, 'run', lambda command, env=None: commands.append((command, env)))
+    monkeypatch.setattr(setup_env, 'succeeds', lambda command: True)
+    find = Mock(return_value=Mock(returncode=0, stdout=f'{wheel}\n'))
+    monkeypatch.setattr(setup_env.subprocess, 'run', find)
+    setup_env.install_packages(setup_env.Settings.from_env())
+    ((command, env),) = commands
+    given = [command[i + 1] for i, option in enumerate(command) if option == '-r']
+    assert given == [*files, 'requirements.txt']
+    assert all((ROOT / name).is_file() for name in given)
+    assert [name for name in command if name.endswith('.whl')] == ([wheel] if wheel else [])
+    assert set(setup_env.TORCH_SPEC.split()) < set(command)
+    assert env['MMCV_WITH_OPS'] == '0'  # or the source of the forks' mmcv would be compiled
+    assert ['--build' in call.args[0] for call in find.call_args_list] == ([] if build is None else [build])
 
 
-def test_cpp_standard_is_the_highest_that_a_header_demands(setup_env, tmp_path):
-    for number in (17, 20, 14):
-        text = f'#error C++{number} or later compatible compiler is required'
-        (tmp_path / f'{number}.h').write_text(text)
-    assert setup_env.cpp_standard(tmp_path) == '20'
-
-
-def test_set_cpp_standard(setup_env):
-    script = (
-        "if torch_version <= parse_version('1.12.1'):\n"
-        "    extra_compile_args['nvcc'] += ['-std=c++14']\n"
-        'else:\n'
-        "    extra_compile_args['nvcc'] += ['-std=c++17']\n"
-        "extra_compile_args['cxx'] = ['-Wall', '-std=c++17']  # 17 flags\n"
-    )
-    assert setup_env.set_cpp_standard(script, '17') == script
-    assert setup_env.set_cpp_standard(script, '20') == script.replace('c++17', 'c++20')
-
-
-def test_torch_satisfied(setup_env, monkeypatch):
+def test_headless_opencv_only_where_the_other_does_not_load(setup_env, monkeypatch):
     settings = setup_env.Settings.from_env()
-    assert not setup_env.torch_satisfied(settings)
-    fake_package(settings, 'torch', '2.14.1')
-    assert not setup_env.torch_satisfied(settings)
-    fake_package(settings, 'torchvision', '0.29.1+cpu')
-    assert setup_env.torch_satisfied(settings)
-    monkeypatch.setenv('TORCH_SPEC', 'torch==2.9.1 torchvision==0.29.1')
-    assert not setup_env.torch_satisfied(setup_env.Settings.from_env())
-    monkeypatch.setenv('TORCH_SPEC', 'torch torchvision==0.29.1+cpu')
-    assert setup_env.torch_satisfied(setup_env.Settings.from_env())
+    fake_package(settings, 'opencv-python', '5.0.0.93')
+    commands = []
+    monkeypatch.setattr(setup_env, 'run', lambda command, env=None: commands.append(command))
+    monkeypatch.setattr(setup_env, 'find_mmcv', lambda settings: '')
+    for loads, spec in ((True, '.[demo,fast-eval]'), (False, 'opencv-python-headless==5.0.0.93')):
+        monkeypatch.setattr(setup_env, 'succeeds', lambda command, loads=loads: loads)
+        setup_env.install_packages(settings)
+        assert commands[-1][-1] == spec
 
 
-def test_half_installed_torch_does_not_count(setup_env):
+@pytest.mark.parametrize(
+    'found', [(), ('mmcv',), ('mmcv-lite', 'mmcv', 'mmdet'), ('onedl-mmcv', 'onedl-mmdetection', 'onedl-mmengine')]
+)
+def test_what_another_kind_has_left_goes_before_anything_is_installed(setup_env, monkeypatch, found):
     settings = setup_env.Settings.from_env()
-    fake_package(settings, 'torch', '2.14.1', last_file='METADATA')
-    fake_package(settings, 'torchvision', '0.29.1')
-    assert not setup_env.torch_satisfied(settings)
+    for name in (*found, 'mmdet-dino', 'numpy'):
+        fake_package(settings, name, '1.0')
+    commands = []
+    monkeypatch.setattr(setup_env, 'run', commands.append)
+    setup_env.install_torch(settings)
+    removed = [command[-len(found) :] for command in commands[:-1]]
+    assert [sorted(names) for names in removed] == ([sorted(found)] if found else [])
+    assert commands[-1][-2:] == setup_env.TORCH_SPEC.split()
 
 
-def test_build_expected(setup_env, monkeypatch, tmp_path):
+def test_half_installed_packages_do_not_count(setup_env, monkeypatch):
+    pytest.importorskip('pip')
     settings = setup_env.Settings.from_env()
-    assert setup_env.build_expected(settings)
-    wheel = setup_env.wheel_folder(settings, '2.14.1', 'cu13.0') / 'mmcv-2.1.0-any.whl'
-    wheel.parent.mkdir(parents=True)
-    wheel.touch()
-    assert not setup_env.build_expected(settings)
-    monkeypatch.setenv('TORCH_SPEC', 'torch==2.9.1 torchvision==0.24.1')
+    fake_venv(settings)
+    half, whole = fake_package(settings, 'torch', '2.14.1', complete=False), fake_package(settings, 'mmdet', '3.3.0')
+    setup_env.create_venv(settings)
+    assert (half.exists(), whole.exists()) == (False, True)  # pip, too, would take the half one for installed
+
+
+def test_unknown_kind(setup_env, monkeypatch, capsys):
+    monkeypatch.setenv('MMCV', 'full')
+    assert 'MMCV=full is unknown; leave it empty, or choose build or forks' in fail(setup_env, capsys)
+
+
+@pytest.mark.parametrize('version', ['3.9', '3.14'])
+def test_python_that_is_too_old_or_too_new(setup_env, capsys, version):
     settings = setup_env.Settings.from_env()
-    assert setup_env.build_expected(settings)
-    fake_package(settings, 'mmcv', '2.1.0')
-    assert not setup_env.build_expected(settings)
-
-
-def test_old_torch_may_find_a_prebuilt_mmcv(setup_env, monkeypatch):
-    monkeypatch.setenv('TORCH_SPEC', 'torch==2.1.2 torchvision==0.16.2')
-    assert not setup_env.build_expected(setup_env.Settings.from_env())
-
-
-def test_build_environment(setup_env, tmp_path, monkeypatch):
-    settings = setup_env.Settings.from_env()
-    env = setup_env.build_environment(settings, setup_env.Torch('2.14.1', '13.0', False, ''))
-    assert (env['MMCV_WITH_OPS'], env['FORCE_CUDA'], env['CUDA_VISIBLE_DEVICES']) == ('1', '0', '')
-    assert (env['CXX'], env['CFLAGS']) == ('c++', '-g0 -O2 -w')
-    assert env['PATH'].split(os.pathsep)[0] == str(settings.venv / 'bin')
-    assert 1 <= int(env['MAX_JOBS']) <= os.cpu_count()
-    monkeypatch.setenv('MAX_JOBS', '7')
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3')
-    env = setup_env.build_environment(settings, setup_env.Torch('2.14.1', '13.0', True, ''))
-    assert (env['FORCE_CUDA'], env['CUDA_VISIBLE_DEVICES'], env['MAX_JOBS']) == ('1', '3', '7')
-
-
-def test_unsupported_python(setup_env, monkeypatch, capsys):
-    monkeypatch.setattr(setup_env, 'PYTHONS', ('3.98', '3.99'))
+    fake_venv(settings)
+    (settings.venv / 'pyvenv.cfg').write_text(f'version = {version}.1\n')
     line = fail(setup_env, capsys)
-    assert f'this is Python {PYTHON}, but 3.98 or 3.99 is needed' in line
+    assert f'this is Python {version}, but 3.10, 3.11, 3.12 or 3.13 is needed' in line
     assert 'make setup PYTHON=' in line
 
 
@@ -203,6 +177,7 @@ def test_full_disk_is_no_problem_once_torch_is_there(setup_env, monkeypatch):
 
 
 def test_full_temporary_directory(setup_env, monkeypatch, capsys):
+    monkeypatch.setenv('MMCV', 'build')
     set_free_space(monkeypatch, setup_env, 0.3e9)
     fake_package(setup_env.Settings.from_env(), 'torch', '2.14.1')
     line = fail(setup_env, capsys)
@@ -212,6 +187,7 @@ def test_full_temporary_directory(setup_env, monkeypatch, capsys):
 
 
 def test_no_compiler(setup_env, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv('MMCV', 'build')
     monkeypatch.setenv('PATH', str(tmp_path))
     line = fail(setup_env, capsys)
     assert 'no C++ compiler (c++, g++, clang++)' in line
@@ -220,7 +196,24 @@ def test_no_compiler(setup_env, monkeypatch, capsys, tmp_path):
     assert 'no C++ compiler (g++-42)' in fail(setup_env, capsys)
 
 
+def test_no_cuda_compiler(setup_env, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv('MMCV', 'build')
+    monkeypatch.setenv('FORCE_CUDA', '1')
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path / 'cuda'))
+    assert 'FORCE_CUDA=1, but no nvcc' in fail(setup_env, capsys)
+    write_command(tmp_path / 'cuda' / 'bin' / 'nvcc', 'exit 0')
+    setup_env.preflight(setup_env.Settings.from_env())
+
+
+def test_no_compiler_is_needed_by_default(setup_env, monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for kind in ('', 'forks'):
+        monkeypatch.setenv('MMCV', kind)
+        setup_env.preflight(setup_env.Settings.from_env())
+
+
 def test_no_python_headers(setup_env, monkeypatch, capsys):
+    monkeypatch.setenv('MMCV', 'build')
     monkeypatch.setattr(setup_env, 'HEADERS_PROBE', "open('/nowhere/Python.h')")
     line = fail(setup_env, capsys)
     assert 'no Python.h' in line
