@@ -2,6 +2,9 @@
 
 The repository keeps ``configs/``, ``tools/`` and ``model-index.yml`` at its top level. MIM, and other projects that
 inherit our configs, look for them in ``dino_mm/.mim/``: a wheel carries copies there, an editable install links.
+
+``mmdet_dino.pth`` makes each start of Python stand in for the operators that mmcv-lite lacks, so that MMDetection's own
+tools run.
 """
 
 import os
@@ -13,6 +16,15 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIM_PATHS = ('configs', 'tools', 'model-index.yml')
+# MMDetection stands in extras, and dino_mm checks it when imported: pip cannot express "these, or mmcv with compiled
+# operators, or the forks, which have the same import names under other names of distributions".
+MMDETECTION = ['mmcv-lite>=2.0,<2.2', 'mmdet>=3.3,<4', 'mmengine>=0.10.4,<1']
+EXTRAS = {
+    'cpu': MMDETECTION,
+    'gpu': [*MMDETECTION, 'deformops>=3; python_version >= "3.12" and python_version < "3.14"'],
+    'demo': ['matplotlib', 'scikit-learn'],
+    'fast-eval': ['faster-coco-eval'],
+}
 
 
 class BuildWithMim(build_py):
@@ -23,6 +35,7 @@ class BuildWithMim(build_py):
         super().run()
         if self.editable_mode:
             link_mim(ROOT / 'dino_mm' / '.mim')
+            self.run_command('install_data')  # setuptools leaves it out of editable wheels
         else:
             copy_mim(Path(self.build_lib) / 'dino_mm' / '.mim')
 
@@ -67,21 +80,16 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=('dino_mm', 'dino_mm.*')),
     package_data={'dino_mm': ['py.typed']},
-    # mmcv is checked when dino_mm is imported, not listed: pip would try to compile its source in isolation and fail.
-    install_requires=[
-        'torch>=2.1',
-        'mmengine>=0.10.4,<1.0',
-        'mmdet>=3.3,<4.0',
-        'pycocotools',
-        'scipy',
-        'timm>=1.0.16',
-    ],
-    extras_require={'fast-eval': ['faster-coco-eval'], 'demo': ['scikit-learn', 'matplotlib']},
+    # Beside a wheel's data lies its `purelib`, which goes into site-packages, where alone Python reads such files.
+    data_files=[('../purelib', ['mmdet_dino.pth'])],
+    install_requires=['torch>=2.1', 'packaging', 'pycocotools', 'scipy', 'timm>=1.0.16'],
+    extras_require=EXTRAS | {'all': sorted(set(EXTRAS['gpu'] + EXTRAS['demo'] + EXTRAS['fast-eval']))},
     cmdclass={'build_py': BuildWithMim},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
     ],
 )

@@ -1,19 +1,20 @@
-"""Set up a virtual environment with torch, mmcv's compiled ops and this package in editable mode.
+"""Set up a virtual environment with torch, MMDetection and this package in editable mode.
 
 ``make setup`` runs this; running it again does only what is missing. Environment variables:
 
+MMCV           empty: OpenMMLab's packages, nothing is compiled here; ``build``: the same, with mmcv's operators
+               compiled; ``forks``: the maintained forks
 VENV           the virtual environment (default ``.venv``; relative to the repository)
 TORCH_SPEC     another torch, such as ``torch==2.9.1 torchvision==0.24.1``
-DINO_MM_CACHE  keeps mmcv wheels built here, and the build logs (default ``~/.cache/dino_mm``)
-CXX, MAX_JOBS  the C++ compiler and the number of its processes for mmcv's ops
+DINO_MM_CACHE  keeps the mmcv wheels built here, and the build logs (default ``~/.cache/dino_mm``)
+CXX, MAX_JOBS  the C++ compiler and the number of its processes for ``MMCV=build``
+FORCE_CUDA     1 compiles mmcv's GPU operators also where no GPU is; TORCH_CUDA_ARCH_LIST says for which GPUs
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -22,31 +23,21 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ('3.10', '3.11', '3.12')
+PYTHONS = ('3.10', '3.11', '3.12', '3.13')
 TORCH_SPEC = 'torch==2.14.1 torchvision==0.29.1'
-MMCV_VERSION = '2.1.0'
-MMCV_INDEX = 'https://download.openmmlab.com/mmcv/dist/{}/torch{}.{}.0/index.html'
-LAST_PREBUILT_TORCH = (2, 4)
-OPENCV_SPEC = 'opencv-python-headless<4.12'
+#: What may stand behind the import names mmcv, mmengine and mmdet; two for one name overwrite each other's files.
+MMDETECTION = ('mmcv', 'mmcv-full', 'mmcv-lite', 'onedl-mmcv')
+MMDETECTION += ('mmengine', 'onedl-mmengine', 'mmdet', 'onedl-mmdetection')
+#: Both are `cv2`, and the forks bring both.
+OPENCV = ('opencv-python', 'opencv-python-headless')
 GB = 10**9
 HEADERS_PROBE = "import sysconfig; open(sysconfig.get_path('include') + '/Python.h').close()"
-MMCV_PROBE = 'import mmcv, mmcv.ops; assert (2, 0) <= mmcv.version_info[:2] < (2, 2)'
-TORCH_PROBE = """
-import json, os, torch
-from torch.utils.cpp_extension import CUDA_HOME
-nvcc = CUDA_HOME is not None and os.path.exists(CUDA_HOME + '/bin/nvcc')
-gpu = torch.version.cuda is not None and torch.cuda.is_available()
-print(json.dumps({'version': torch.__version__.split('+')[0], 'cuda': torch.version.cuda,
-    'gpu_ops': gpu and nvcc, 'include': os.path.dirname(torch.__file__) + '/include'}))
-"""
-FINAL_CHECK = """
-import torch, mmcv.ops, mmdet, dino_mm
-from importlib.metadata import version
-print(*(f'{name} {version(name)}' for name in ('torch', 'mmcv', 'mmdet', 'mmdet-dino')), sep=', ')
-"""
+FINAL_CHECK = 'import torch, mmcv.ops, mmdet, dino_mm'
+BUILD_CHECK = f'{FINAL_CHECK}; assert mmcv._ext.__spec__.has_location'
 
 
 class SetupError(Exception):
@@ -57,6 +48,7 @@ class SetupError(Exception):
 class Settings:
     """What the caller's environment variables ask for."""
 
+    mmcv: str
     venv: Path
     cache: Path
     torch_spec: str
@@ -66,6 +58,7 @@ class Settings:
         """Read the variables that the module's docstring names."""
         user_cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'dino_mm')
         return cls(
+            mmcv=os.environ.get('MMCV', ''),
             venv=ROOT / Path(os.environ.get('VENV') or '.venv').expanduser(),
             cache=ROOT / Path(os.environ.get('DINO_MM_CACHE') or user_cache).expanduser(),
             torch_spec=os.environ.get('TORCH_SPEC') or TORCH_SPEC,
@@ -84,21 +77,15 @@ class Settings:
         found = re.search(r'^version(?:_info)? = (\d+\.\d+)', text, re.M)
         return found[1] if found else '{}.{}'.format(*sys.version_info)
 
-
-@dataclass(frozen=True)
-class Torch:
-    """What an mmcv build must know about the installed torch."""
-
-    version: str
-    cuda: str | None
-    gpu_ops: bool  # whether mmcv's ops can be, and need be, compiled for the GPU
-    include: str
-
     @property
-    def ops(self) -> str:
-        """A name for the kind of ops; machines with and without a GPU may share a cache."""
-        cuda = f'cu{self.cuda}' if self.cuda else 'cpu'
-        return f'{cuda}-gpuops' if self.gpu_ops else cuda
+    def site_packages(self) -> Path:
+        """The environment's folder of packages."""
+        return self.venv / 'lib' / f'python{self.python_version}' / 'site-packages'
+
+    def installed(self) -> dict[str, str]:
+        """The versions of the installed distributions by name."""
+        found = distributions(path=[str(self.site_packages)])
+        return {str(item.metadata['Name']).lower(): item.version for item in found}
 
 
 def say(text: str) -> None:
@@ -125,35 +112,13 @@ def pip(settings: Settings, command: str, *args: str) -> list[str]:
     return [str(settings.python), '-m', 'pip', command, '-q', '--disable-pip-version-check', *args]
 
 
-def release(version: str) -> tuple[int, ...]:
-    """Return the major and minor number of a version."""
-    return tuple(int(number) for number in version.split('.')[:2])
-
-
-def installed_version(settings: Settings, package: str) -> str | None:
-    """Look up a package's version in the environment, without the time to start its Python."""
-    # pip writes INSTALLER last: what an interrupted pip left behind does not count.
-    found = settings.venv.glob(f'lib/python*/site-packages/{package}-*.dist-info/INSTALLER')
-    return next((path.parent.stem[len(package) + 1 :] for path in found), None)
-
-
-def torch_satisfied(settings: Settings) -> bool:
-    """Tell whether everything in the torch specification is installed as pinned."""
-    for spec in settings.torch_spec.split():
-        name, _, pin = spec.partition('==')
-        found = installed_version(settings, name)
-        if found is None or pin not in ('', found, found.split('+')[0]):
-            return False
-    return True
-
-
 def fingerprint(settings: Settings) -> str:
     """Hash everything that decides what the environment holds."""
     # ROOT is part of it because the editable install points there: a moved clone needs a new one.
-    parts = [str(ROOT), settings.torch_spec, settings.python_version, MMCV_VERSION, OPENCV_SPEC]
-    files = ('requirements.txt', 'setup.py', 'pyproject.toml')
-    parts += [(ROOT / name).read_text() for name in files]
-    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
+    parts = [str(ROOT), settings.mmcv, settings.torch_spec, settings.python_version]
+    files = [*sorted(ROOT.glob('requirements*.txt')), ROOT / 'setup.py', ROOT / 'pyproject.toml']
+    files += [Path(__file__), ROOT / 'tools' / 'mmcv_wheel.py']
+    return hashlib.sha256('\n'.join(parts + [path.read_text() for path in files]).encode()).hexdigest()
 
 
 def check_space(folder: Path, needed: int, purpose: str, variable: str) -> None:
@@ -168,59 +133,50 @@ def check_space(folder: Path, needed: int, purpose: str, variable: str) -> None:
         )
 
 
-def find_compiler() -> str:
-    """Find the C++ compiler for mmcv's ops."""
-    commands = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
-    for command in commands:
-        if shutil.which(command):
-            return command
-    raise SetupError(
-        f'no C++ compiler ({", ".join(commands)}), which mmcv needs to be built; '
-        'install one (Debian, Ubuntu: apt install build-essential) or set CXX'
-    )
-
-
 def check_build_tools(settings: Settings) -> None:
-    """Check what compiling mmcv takes: a compiler, Python's headers and room for the objects."""
-    find_compiler()
+    """Check what compiling mmcv takes: compilers, Python's headers and room for the objects."""
+    compilers = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
+    if not any(map(shutil.which, compilers)):
+        raise SetupError(
+            f'no C++ compiler ({", ".join(compilers)}), which MMCV=build needs; install one (Debian, Ubuntu: '
+            'apt install build-essential), set CXX, or leave MMCV=build out'
+        )
+    cuda = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH') or '/usr/local/cuda'
+    if os.environ.get('FORCE_CUDA') == '1' and not (shutil.which('nvcc') or Path(cuda, 'bin', 'nvcc').exists()):
+        raise SetupError("FORCE_CUDA=1, but no nvcc; install torch's version of the CUDA toolkit or set CUDA_HOME")
     python = str(settings.python) if settings.python.exists() else sys.executable
     if not succeeds([python, '-c', HEADERS_PROBE]):
         raise SetupError(
-            'no Python.h, which mmcv needs to be built; install the headers of this Python '
-            f'(Debian, Ubuntu: apt install python{settings.python_version}-dev)'
+            'no Python.h, which MMCV=build needs; install the headers of this Python (Debian, Ubuntu: '
+            f'apt install python{settings.python_version}-dev), or leave MMCV=build out'
         )
     check_space(Path(tempfile.gettempdir()), GB, 'the build of mmcv', 'TMPDIR')
 
 
-def build_expected(settings: Settings) -> bool:
-    """Tell whether mmcv must be compiled, as far as that shows before torch is installed."""
-    if (installed_version(settings, 'mmcv') or '').startswith(('2.0.', '2.1.')):
-        return False
-    pinned = re.search(r'\btorch==(\d+\.\d+[.\d]*)', settings.torch_spec)
-    if pinned is None or release(pinned[1]) <= LAST_PREBUILT_TORCH:
-        return False  # a prebuilt wheel may fit; if none does, the build checks its tools itself
-    pattern = wheel_folder(settings, pinned[1], '*').name  # torch alone knows its CUDA version
-    return not any((settings.cache / 'wheels').glob(f'{pattern}/mmcv-*.whl'))
-
-
 def preflight(settings: Settings) -> None:
     """Find what would make the setup fail before spending minutes on it."""
+    if settings.mmcv not in ('', 'build', 'forks'):
+        raise SetupError(f'MMCV={settings.mmcv} is unknown; leave it empty, or choose build or forks')
     if settings.python_version not in PYTHONS:
         raise SetupError(
-            f'this is Python {settings.python_version}, but {", ".join(PYTHONS[:-1])} or '
-            f'{PYTHONS[-1]} is needed; install one and run "make setup PYTHON=/path/to/it"'
+            f'this is Python {settings.python_version}, but {", ".join(PYTHONS[:-1])} or {PYTHONS[-1]} is needed; '
+            f'install one, remove {settings.venv} if it is there, and run "make setup PYTHON=/path/to/it"'
         )
-    if installed_version(settings, 'torch') is None:
+    if 'torch' not in settings.installed():
         check_space(settings.venv.parent, 10 * GB, 'the environment', 'VENV')
-    if build_expected(settings):
+    if settings.mmcv == 'build':
         check_build_tools(settings)
 
 
 def create_venv(settings: Settings) -> None:
-    """Make the environment, or repair one that has no pip."""
+    """Make the environment, or repair one that has no pip or a half-installed package."""
     if not (settings.python.exists() and succeeds(pip(settings, '--version'))):
         problem = f'cannot make {settings.venv}; remove it, or (Debian) apt install python3-venv'
         run([sys.executable, '-m', 'venv', str(settings.venv)], problem)
+        (settings.venv / '.gitignore').write_text('*\n')
+    for info in settings.site_packages.glob('*.dist-info'):
+        if not (info / 'INSTALLER').exists():  # an interrupted pip left it, and would take it for installed
+            shutil.rmtree(info)
 
 
 def check_index(settings: Settings) -> None:
@@ -235,138 +191,60 @@ def check_index(settings: Settings) -> None:
 
 
 def install_torch(settings: Settings) -> None:
-    """Install torch, unless the one that is there satisfies the specification."""
-    if not torch_satisfied(settings):
-        # The constraints keep numpy 2 out: it would come with torchvision, only to be replaced.
-        run(pip(settings, 'install', '-c', 'requirements.txt', *settings.torch_spec.split()))
+    """Install torch, and remove what another ``MMCV`` or torch has left."""
+    installed = settings.installed()
+    found = [name for name in MMDETECTION + OPENCV if name in installed]
+    if found:
+        run(pip(settings, 'uninstall', '-y', *found))
+    run(pip(settings, 'install', *settings.torch_spec.split()))
 
 
-def install_requirements(settings: Settings) -> None:
-    """Install everything else that comes from the package index."""
-    run(pip(settings, 'install', '-r', 'requirements.txt'))
-    # mmengine insists on opencv-python, whose cv2 needs libGL, which a bare machine lacks. The
-    # headless package puts its own cv2 in the same place; it must come after everything that pulls
-    # opencv-python in, and before mmcv, which imports cv2.
-    run(pip(settings, 'install', '--force-reinstall', '--no-deps', OPENCV_SPEC))
+def install_packages(settings: Settings) -> None:
+    """Install MMDetection of the chosen kind, everything else, and this repository in editable mode."""
+    kind = settings.mmcv or 'lite'
+    wheel = '' if kind == 'forks' else find_mmcv(settings)
+    options = [wheel, '-r', 'requirements-build.txt'] if wheel else ['-r', f'requirements-{kind}.txt']
+    # torch is named again, lest anything replaces it.
+    options += [*settings.torch_spec.split(), '-r', 'requirements.txt', '-e', '.[demo,fast-eval]']
+    run(pip(settings, 'install', *options), env=dict(os.environ, MMCV_WITH_OPS='0'))
+    if not succeeds([str(settings.python), '-c', 'import cv2']):
+        # Most likely libGL is missing, as on bare machines. The headless package puts its cv2 over the other.
+        spec = f'opencv-python-headless=={settings.installed()["opencv-python"]}'
+        run(pip(settings, 'install', '--force-reinstall', '--no-deps', spec))
 
 
-def wheel_folder(settings: Settings, torch_version: str, ops: str) -> Path:
-    """Name the cache folder of an mmcv wheel after everything that its compiled ops depend on."""
-    python = 'cp' + settings.python_version.replace('.', '')
-    key = f'mmcv{MMCV_VERSION}-torch{torch_version}-{python}-{platform.machine()}-{ops}'
-    return settings.cache / 'wheels' / key
+def find_mmcv(settings: Settings) -> str:
+    """Return the path of an mmcv wheel with compiled operators; empty if there is none and none is to be compiled."""
+    command = [str(settings.python), 'tools/mmcv_wheel.py', '--cache', str(settings.cache)]
+    command += ['--build'] if settings.mmcv == 'build' else []
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SetupError(f'no mmcv with compiled operators, see above; if torch does not work, remove {settings.venv}')
+    return done.stdout.strip()
 
 
-def provide_mmcv(settings: Settings) -> None:
-    """Get mmcv with compiled ops from the first place that has it, or else compile it."""
-    if succeeds([str(settings.python), '-c', MMCV_PROBE]):
-        return
-    problem = f'the installed torch does not work; remove {settings.venv} and run this again'
-    output = run([str(settings.python), '-c', TORCH_PROBE], problem)
-    torch = Torch(**json.loads(output.splitlines()[-1]))
-    if release(torch.version) <= LAST_PREBUILT_TORCH and install_prebuilt(settings, torch):
-        return
-    folder = wheel_folder(settings, torch.version, torch.ops)
-    cached = any(install_mmcv(settings, str(wheel)) for wheel in folder.glob('mmcv-*.whl'))
-    if not cached and not install_mmcv(settings, str(build_mmcv(settings, torch, folder))):
-        problem = f'mmcv was built but does not load; remove {folder} and run this again'
-        run([str(settings.python), '-c', MMCV_PROBE], problem)
-
-
-def install_mmcv(settings: Settings, *args: str) -> bool:
-    """Install an mmcv over any that does not work, and tell whether this one does."""
-    command = pip(settings, 'install', '--no-deps', '--force-reinstall', *args)
-    return succeeds(command) and succeeds([str(settings.python), '-c', MMCV_PROBE])
-
-
-def install_prebuilt(settings: Settings, torch: Torch) -> bool:
-    """Try OpenMMLab's wheel index, which ends at torch 2.4."""
-    cuda = 'cu' + torch.cuda.replace('.', '') if torch.cuda else 'cpu'
-    url = MMCV_INDEX.format(cuda, *release(torch.version))
-    options = ('--only-binary', ':all:', '-f', url, '--timeout', '10', '--retries', '0')
-    return install_mmcv(settings, *options, f'mmcv=={MMCV_VERSION}')
-
-
-def build_mmcv(settings: Settings, torch: Torch, folder: Path) -> Path:
-    """Compile mmcv's source release and put the wheel in its folder of the cache."""
-    check_build_tools(settings)
-    log = settings.cache / 'logs' / f'{folder.name}.log'
-    log.parent.mkdir(parents=True, exist_ok=True)
-    target = 'CPU and GPU' if torch.gpu_ops else 'CPU (the GPU too where a GPU and nvcc are found)'
-    say(f'compiling mmcv for the {target}: 7 to 18 minutes on two cores; log: {log}')
-    with tempfile.TemporaryDirectory(prefix='mmcv-') as scratch:
-        env = build_environment(settings, torch)
-        source = download_mmcv(settings, Path(scratch), env)
-        script = source / 'setup.py'
-        script.write_text(set_cpp_standard(script.read_text(), cpp_standard(Path(torch.include))))
-        command = [str(settings.python), 'setup.py', 'bdist_wheel']
-        with log.open('w') as output:
-            done = subprocess.run(command, cwd=source, env=env, stdout=output, stderr=output)
-        if done.returncode:
-            print(*log.read_text(errors='replace').splitlines()[-15:], sep='\n', file=sys.stderr)
-            raise SetupError(f'mmcv did not compile; fix what {log} says and run this again')
-        built = next((source / 'dist').glob('mmcv-*.whl'))
-        folder.mkdir(parents=True, exist_ok=True)
-        # Copied first, as the cache may be on another disk: nobody must ever find half a wheel.
-        partial = Path(shutil.copy(built, folder / f'.{os.getpid()}.part'))
-        return partial.replace(folder / built.name)
-
-
-def download_mmcv(settings: Settings, folder: Path, env: dict[str, str]) -> Path:
-    """Fetch and unpack mmcv's source release."""
-    # pip asks its setup.py for the name, which imports torch: no isolation, and the build's env.
-    options = ('--no-deps', '--no-binary', ':all:', '--no-build-isolation', '-d', str(folder))
-    run(pip(settings, 'download', *options, f'mmcv=={MMCV_VERSION}'), env=env)
-    shutil.unpack_archive(str(folder / f'mmcv-{MMCV_VERSION}.tar.gz'), str(folder))
-    return folder / f'mmcv-{MMCV_VERSION}'
-
-
-def cpp_standard(include: Path) -> str:
-    """Read the C++ standard, such as ``20``, that torch's headers demand."""
-    demand = re.compile(r'C\+\+(\d\d) or later compatible compiler is required')
-    texts = (header.read_text(errors='ignore') for header in include.rglob('*.h'))
-    return max((found for text in texts for found in demand.findall(text)), default='17')
-
-
-def set_cpp_standard(script: str, standard: str) -> str:
-    """Make mmcv's setup.py compile by the given C++ standard."""
-    # It names C++17 for every torch that we support; its C++14 is for torch up to 1.12.
-    return re.sub(r'(?<=-std=c\+\+)17\b', standard, script)
-
-
-def build_environment(settings: Settings, torch: Torch) -> dict[str, str]:
-    """Return the variables that steer mmcv's setup.py and torch's build extension."""
-    env = dict(os.environ, MMCV_WITH_OPS='1', FORCE_CUDA=str(int(torch.gpu_ops)))
-    env.update(CFLAGS='-g0 -O2 -w', CXX=find_compiler())
-    # torch looks for ninja on the PATH; without it, it compiles one file after the other.
-    env['PATH'] = os.pathsep.join([str(settings.venv / 'bin'), env.get('PATH', os.defpath)])
-    if not torch.gpu_ops:
-        env['CUDA_VISIBLE_DEVICES'] = ''  # a visible GPU makes mmcv's setup.py call nvcc
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    # One of its compiler processes takes up to 2 GB.
-    env.setdefault('MAX_JOBS', str(max(1, min(os.cpu_count() or 1, memory // (2 * GB)))))
-    return env
-
-
-def install_project(settings: Settings) -> None:
-    """Install this repository in editable mode, and import all that it is built on."""
-    run(pip(settings, 'install', '--no-deps', '--no-build-isolation', '-e', '.'))
-    problem = f'the environment does not work; remove {settings.venv} and run this again'
-    say(run([str(settings.python), '-c', FINAL_CHECK], problem).splitlines()[-1])
+def check_imports(settings: Settings) -> None:
+    """Import all that this package is built on, and say which versions these are."""
+    found = settings.installed()
+    advice = f'remove {settings.venv}' + (f' and {settings.cache / "wheels"}' if settings.mmcv == 'build' else '')
+    check = BUILD_CHECK if 'mmcv' in found else FINAL_CHECK
+    run([str(settings.python), '-c', check], f'the environment does not work; {advice} and run this again')
+    names = ('torch', *MMDETECTION, 'numpy', *OPENCV, 'mmdet-dino')
+    say(', '.join(f'{name} {found[name]}' for name in names if name in found))
 
 
 def set_up(settings: Settings, stamp: Path) -> None:
     """Do all steps; the stamp, written last, says that none was cut short."""
     preflight(settings)
     stamp.unlink(missing_ok=True)
-    cost = 'already there' if torch_satisfied(settings) else 'about 2 minutes, 5.5 GB'
+    cost = 'already there' if 'torch' in settings.installed() else 'about 90 seconds, 5.5 GB'
+    title = {'': 'mmcv-lite', 'build': 'mmcv with compiled operators', 'forks': "MMDetection's forks"}[settings.mmcv]
     steps = (
         (f'preparing {settings.venv}', create_venv),
         ('checking the package index', check_index),
         (f'installing {settings.torch_spec} ({cost})', install_torch),
-        ('installing requirements.txt', install_requirements),
-        (f'providing mmcv {MMCV_VERSION} with compiled ops', provide_mmcv),
-        ('installing this package and checking the imports', install_project),
+        (f'installing {title}, the tools and this package', install_packages),
+        ('checking the imports', check_imports),
     )
     for number, (title, action) in enumerate(steps, start=1):
         say(f'{number}/{len(steps)} {title} ...')

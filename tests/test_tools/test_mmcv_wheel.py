@@ -75,36 +75,46 @@ def test_wheel_folder_names_all_that_operators_depend_on(
     [
         ('2.1.2+cu121', '12.1', 'https://download.openmmlab.com/mmcv/dist/cu121/torch2.1.0/index.html'),
         ('2.4.1+cpu', None, 'https://download.openmmlab.com/mmcv/dist/cpu/torch2.4.0/index.html'),
-        ('2.5.0', '12.4', None),
-        ('2.14.1', '13.0', None),
     ],
 )
-def test_prebuilt_wheel_is_sought_where_there_may_be_one(mmcv_wheel, monkeypatch, tmp_path, version, cuda, url):
+def test_address_of_the_prebuilt_wheel(mmcv_wheel, monkeypatch, tmp_path, version, cuda, url):
     set_torch(monkeypatch, mmcv_wheel, version, cuda)
     run = Mock()
     monkeypatch.setattr(mmcv_wheel.subprocess, 'run', run)
     mmcv_wheel.download_prebuilt(tmp_path)
-    assert [call.args[0][-2] for call in run.call_args_list] == ([url] if url else [])
+    assert [call.args[0][-2:] for call in run.call_args_list] == [[url, 'mmcv==2.1.0']]
 
 
-@pytest.mark.parametrize('cached', [True, False])
-@pytest.mark.parametrize('options', [[], ['--build']])
-def test_wheel_is_compiled_only_if_it_must_be(mmcv_wheel, monkeypatch, tmp_path, capsys, cached, options):
+@pytest.mark.parametrize(
+    ('version', 'build', 'cached', 'on_index', 'asked', 'compiled', 'found'),
+    [
+        ('2.4.1', False, False, True, True, False, True),
+        ('2.4.1', False, False, False, True, False, False),
+        ('2.4.1', False, True, False, False, False, True),
+        ('2.4.1', True, False, True, True, False, True),
+        ('2.4.1', True, False, False, True, True, True),
+        ('2.5.0', False, False, True, False, False, False),
+        ('2.14.1', False, True, True, False, False, False),  # what was compiled here once is not the default
+        ('2.14.1', True, True, True, False, False, True),
+        ('2.14.1', True, False, True, False, True, True),
+    ],
+)
+def test_where_the_wheel_comes_from(
+    mmcv_wheel, monkeypatch, tmp_path, capsys, version, build, cached, on_index, asked, compiled, found
+):
+    set_torch(monkeypatch, mmcv_wheel, version)
     wheel = mmcv_wheel.wheel_folder(tmp_path, []) / 'mmcv-2.1.0-any.whl'
-
-    def build(folder: Path, log: Path, targets: list[str]) -> None:
-        assert (folder, targets) == (wheel.parent, [])
-        folder.mkdir(parents=True, exist_ok=True)
-        wheel.touch()
-
+    wheel.parent.mkdir(parents=True)
+    download = Mock(side_effect=lambda folder: wheel.touch() if on_index else None)
+    compile_ = Mock(side_effect=lambda folder, log, targets: wheel.touch())
+    monkeypatch.setattr(mmcv_wheel, 'download_prebuilt', download)
+    monkeypatch.setattr(mmcv_wheel, 'build', compile_)
+    monkeypatch.setattr(sys, 'argv', ['mmcv_wheel.py', '--cache', str(tmp_path), *(['--build'] if build else [])])
     if cached:
-        build(wheel.parent, tmp_path, [])
-    built = Mock(side_effect=build)
-    monkeypatch.setattr(mmcv_wheel, 'build', built)
-    monkeypatch.setattr(sys, 'argv', ['mmcv_wheel.py', '--cache', str(tmp_path), *options])
+        wheel.touch()
     assert mmcv_wheel.main() == 0
-    assert built.called == (bool(options) and not cached)
-    assert capsys.readouterr().out.strip() == (str(wheel) if cached or options else '')
+    assert (download.called, compile_.called) == (asked, compiled)
+    assert capsys.readouterr().out.strip() == (str(wheel) if found else '')
 
 
 def test_failed_build_shows_the_end_of_its_log(mmcv_wheel, monkeypatch, tmp_path, capsys):

@@ -124,7 +124,13 @@ def test_headless_opencv_only_where_the_other_does_not_load(setup_env, monkeypat
 
 
 @pytest.mark.parametrize(
-    'found', [(), ('mmcv',), ('mmcv-lite', 'mmcv', 'mmdet'), ('onedl-mmcv', 'onedl-mmdetection', 'onedl-mmengine')]
+    'found',
+    [
+        (),
+        ('mmcv',),
+        ('mmcv-lite', 'mmcv', 'mmdet'),
+        ('onedl-mmcv', 'onedl-mmdetection', 'onedl-mmengine', 'opencv-python', 'opencv-python-headless'),
+    ],
 )
 def test_what_another_kind_has_left_goes_before_anything_is_installed(setup_env, monkeypatch, found):
     settings = setup_env.Settings.from_env()
