@@ -56,6 +56,7 @@ test-wheel: setup ## another project runs with nothing but a wheel, beside numpy
 	rm -rf build dist
 	$(VENV)/bin/python -m build --wheel .
 	$(PYTHON) -m venv --clear $(WHEEL_ENV)
+	echo '*' > $(WHEEL_ENV)/.gitignore
 	$(WHEEL_PIP) install torch torchvision pytest pytest-timeout "numpy<2" "$$(echo dist/*.whl)[cpu,demo]"
 	$(WHEEL_TEST)
 	$(WHEEL_PIP) install --upgrade "numpy>=2" opencv-python

@@ -226,10 +226,3 @@ def found_set() -> FoundSet:
         if list(tested) == list(names.values()) and with_operators in (operators, None):
             return FoundSet(names, versions, label, list(tested.values()) == list(versions.values()), operators)
     return FoundSet(names, versions, 'other', False, operators)
-
-
-def __getattr__(name: str) -> Any:
-    """What :mod:`dino_mm.checkpoints.runner_types` has; it imports libraries that are not checked yet here."""
-    if name in ('RUNNER_TYPES', 'allow_mmengine_checkpoints'):
-        return getattr(importlib.import_module('dino_mm.checkpoints.runner_types'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

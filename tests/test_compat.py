@@ -13,7 +13,6 @@ import pytest
 from commands import ROOT, python
 
 from dino_mm import compat
-from dino_mm.checkpoints import runner_types
 
 OPENMMLAB = {'mmcv': '2.1.0', 'mmengine': '0.10.7', 'mmdet': '3.3.0'}
 LITE = {'mmcv-lite': '2.1.0', 'mmengine': '0.10.7', 'mmdet': '3.3.0'}
@@ -238,9 +237,5 @@ def test_the_check_needs_none_of_the_libraries(tmp_path: Path) -> None:
     done = python('-S', '-c', code, cwd=tmp_path, status=1)
     last = done.stderr.splitlines()[-1]
     assert last == 'ImportError: dino_mm needs torch, which is not installed: `pip install torch torchvision`.'
-
-
-def test_checkpoint_names_are_still_here() -> None:
-    assert compat.RUNNER_TYPES is runner_types.RUNNER_TYPES
     with pytest.raises(AttributeError, match='no attribute'):
         compat.anything_else  # noqa: B018

@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from dino_mm.compat import found_set
 from dino_mm.datasets.digits import NUM_TRAIN, NUM_VAL, make_digits
 from dino_mm.visualization import draw_contact_sheet, plot_learning_curve
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = ROOT / 'data' / 'digits'
-DISTRIBUTIONS = ('mmdet-dino', 'torch', 'mmcv', 'mmdet', 'mmengine', 'numpy')
+DISTRIBUTIONS = ('mmdet-dino', 'torch', 'numpy')
 MAP, AP50 = 'coco/bbox_mAP', 'coco/bbox_mAP_50'
 
 
@@ -257,6 +258,7 @@ def write_metrics(path: Path, metrics: dict[str, float], iterations: int, journa
         'versions': {
             'python': platform.python_version(),
             **{name: version(name) for name in DISTRIBUTIONS},
+            'mmdetection': str(found_set()),
         },
         'cpus': os.cpu_count(),
     }

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from .coco_pictures import missing_pictures, read_sizes
 from .coco_rules import RULES, Entry, Findings, Id, has_area_inside, passes_size
 from .loading import UnreadableImageError, UnsupportedImageError, decode
 
-#: Share of boxes that pass their pictures, from which on they are probably corners.
+#: Share of boxes under one pixel, from which on they are probably in another unit.
 MANY = 0.25
 
 
@@ -46,19 +45,20 @@ class DatasetCheck:
         """One line for each rule that was met, faults first, and what the numbers suggest."""
         names = sorted(self.findings.by_rule, key=lambda name: not RULES[name].fault)
         lines = [('FAULT  ' if RULES[name].fault else 'noted  ') + self.findings.line(name) for name in names]
-        objects = Counter(annotation['category_id'] for annotation in self.file.annotations)
+        wanted = {category['id'] for category in self.file.categories if category['name'] in self.classes}
+        objects = [a['category_id'] for a in self.file.annotations if a['category_id'] in wanted]
         summary = (
-            f'{self.file.path}: {len(self.file.images)} images, {len(self.file.annotations)} objects of '
-            f'{len(objects)} of {len(self.classes)} classes'
+            f'{self.file.path}: {len(self.file.images)} images, {len(objects)} objects of {len(set(objects))} of '
+            f'{len(self.classes)} classes'
         )
         return '\n'.join([summary, *lines, *self.hints()])
 
     def hints(self) -> list[str]:
         """What is no fault and yet worth a thought."""
         hints = []
-        passing = self.findings.by_rule.get('passes-picture')
-        if passing and passing.count > MANY * len(self.file.annotations):
-            hints.append('hint   Many boxes pass their pictures. COCO has [left, top, width, height], not corners.')
+        tiny = self.findings.by_rule.get('tiny-box')
+        if tiny and tiny.count > MANY * len(self.file.annotations):
+            hints.append("hint   Many boxes are under one pixel. COCO has pixels, not shares of the picture's size.")
         used = {annotation['category_id'] for annotation in self.file.annotations}
         empty = [c['name'] for c in self.file.categories if c['name'] in self.classes and c['id'] not in used]
         if empty:
@@ -123,7 +123,7 @@ def check_dataset(
     if folder is not None:
         _check_pictures(check, str(folder), pixels)
     _check_boxes(check)
-    if not any(not annotation['iscrowd'] for annotation in file.annotations):
+    if not check.has_faults and not any(not annotation['iscrowd'] for annotation in file.annotations):
         findings.add('no-objects', f'{len(file.images)} images')
     return check
 
@@ -133,7 +133,7 @@ def _check_pictures(check: DatasetCheck, folder: str, pixels: bool) -> None:
     unusable = set()
     for image in missing_pictures(file, folder):
         unusable.add(image['id'])
-        findings.add('missing-picture', f'id {image["id"]} ({image["file_name"]})')
+        findings.add('missing-picture', f'id {image["id"]} ({os.path.join(folder, image["file_name"])})')
     file.leave_out(unusable)
     unusable = read_sizes(file, folder, findings, every=True)
     file.leave_out(unusable)

@@ -1,5 +1,6 @@
 """The data set: a verified COCO file, its pictures, and errors of a pipeline that say where they come from."""
 
+import os
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from dino_mm.registry import DATASETS
 
 from .coco_file import CocoFile, log_findings, read_coco_file
 from .coco_pictures import is_local, missing_pictures, read_sizes
-from .coco_rules import AnnotationError, Findings, Id, has_area_inside
+from .coco_rules import AnnotationError, Findings, Id, has_area_inside, passes_size
 from .loading import UnsupportedImageError
 
 
@@ -67,6 +68,8 @@ class CheckedCocoDataset(CocoDataset):
             if width < 1 or height < 1:
                 self.findings.add('tiny-box', f'annotation {annotation["id"]} of image {image["id"]}')
                 continue
+            if passes_size(annotation['bbox'], image['width'], image['height']):
+                self.findings.add('passes-picture', f'annotation {annotation["id"]} of image {image["id"]}')
             instance = dict(ignore_flag=annotation['iscrowd'], bbox=[x, y, x + width, y + height], bbox_label=label)
             if annotation.get('segmentation'):
                 instance['mask'] = annotation['segmentation']
@@ -111,7 +114,7 @@ class CheckedCocoDataset(CocoDataset):
         if is_local(folder, self.backend_args):
             for image in missing_pictures(file, folder):
                 missing.add(image['id'])
-                self.findings.add('missing-picture', f'id {image["id"]} ({image["file_name"]})')
+                self.findings.add('missing-picture', f'id {image["id"]} ({os.path.join(folder, image["file_name"])})')
         if self.on_fault == 'drop' and unknown | missing:
             file.leave_out(unknown | missing)
             self.findings.dropped = True

@@ -25,8 +25,8 @@ from . import coco_rules as rules
 from .coco_rules import AnnotationError, Entry, Findings, Id, IdIndex, canonical_id
 
 ON_FAULT = ('error', 'drop')
-#: Harmless findings that cost objects, and so are worth a warning.
-LEFT_OUT = ('no-box-area', 'tiny-box', 'other-categories')
+#: Harmless findings that cost objects, or may show wrong ones, and so are worth a warning.
+LEFT_OUT = ('no-box-area', 'tiny-box', 'other-categories', 'passes-picture')
 #: Names that an error lists of a file's categories.
 SHOWN_NAMES = 20
 

@@ -60,12 +60,18 @@ RULES: dict[str, Rule] = {
     'no-segmentation': _harmless('annotations without a `segmentation`', 'read for their boxes'),
     'no-size': _harmless('images without a valid `width` and `height`', "read from the picture's header"),
     'wrong-size': _harmless('images that are not as large as stated', "read from the picture's header"),
-    'passes-picture': _harmless('boxes that pass their picture by more than 2 pixels', 'used as they are'),
-    'no-box-area': _harmless('boxes without area inside the image', 'left out of training and evaluation'),
+    'passes-picture': _harmless(
+        'boxes that pass their picture by more than 2 pixels',
+        'used as they are; COCO has [left, top, width, height], not corners',
+    ),
+    'no-box-area': _harmless(
+        'boxes without area inside the image (outside, or of no positive width and height)',
+        'left out of training and evaluation',
+    ),
     'tiny-box': _harmless('boxes under one pixel', 'left out of training, as MMDetection does'),
     'category-order': _harmless('category rows in another order than `classes`', 'labels follow `classes`'),
     'other-categories': _harmless('categories that are not among `classes`', 'their objects are not used'),
-    'json': _fault('places where the JSON breaks off or is not valid', 'Write or download the file again.'),
+    'json': _fault('places where the JSON breaks off or is not valid', 'Write or download the file again, as UTF-8.'),
     'no-object': _fault('files that hold no JSON object', 'A COCO file is an object of lists.'),
     'no-list': _fault('required lists that are missing', 'Add them: images, annotations and categories are lists.'),
     'bad-category': _fault(
@@ -76,7 +82,9 @@ RULES: dict[str, Rule] = {
     'image-twice': _fault('images with the id of another', 'Number the images anew.', droppable=True),
     'bad-annotation': _fault('annotations that are no objects', 'Remove them.', droppable=True),
     'unknown-category': _fault(
-        'annotations whose `category_id` no category has', 'Correct them, or add the category.', droppable=True
+        'annotations whose `category_id` no category has',
+        'Correct them, or add the category. If all ids are shifted, to leave these out would mislabel the rest.',
+        droppable=True,
     ),
     'unknown-image': _fault(
         'annotations whose `image_id` no image has', 'Correct them, or add the image.', droppable=True
@@ -94,7 +102,9 @@ RULES: dict[str, Rule] = {
         droppable=True,
     ),
     'missing-picture': _fault(
-        'images whose picture is missing', 'Correct `data_root`, `data_prefix` or `file_name`.', droppable=True
+        'images whose picture is missing',
+        'Correct `file_name`, or the folder (`data_root`, `data_prefix`).',
+        droppable=True,
     ),
     'no-objects': _fault('files without an object to train on', 'Label some, or correct the entries above.'),
     'missing-class': _fault('classes that the file does not have', 'Set `metainfo=dict(classes=(...))` to its names.'),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dino_mm.datasets.check import DatasetCheck
+from dino_mm.datasets.loading import UnreadableImageError, UnsupportedImageError, decode, image_size
 
 from .contact_sheet import COLUMNS, Mark, Rectangle, draw_grid, draw_tile, write_text
 
@@ -74,7 +75,7 @@ def _draw_classes(axes: Axes, check: DatasetCheck) -> None:
 
 def _draw_sizes(axes: Axes, sides: np.ndarray) -> None:
     if len(sides):
-        axes.hist(sides, bins=np.geomspace(max(sides.min(), 0.5), sides.max() * 1.01, 41).tolist(), color=COLOUR)
+        axes.hist(sides, bins=np.geomspace(sides.min() * 0.99, sides.max() * 1.01, 41).tolist(), color=COLOUR)
         axes.set_xscale('log')
     counts = np.histogram(sides, bins=[0, SMALL, LARGE, np.inf])[0]
     shares = counts / max(counts.sum(), 1)
@@ -117,11 +118,18 @@ def _draw_images(check: DatasetCheck) -> Image.Image:
             for a in annotations
             for x, y, w, h in [a['bbox']]
         ]
-        with Image.open(Path(folder or '', image['file_name'])) as picture:
-            tile = draw_tile(picture.convert('RGB'), marks)
+        tile = draw_tile(_read(Path(folder or '', image['file_name'])), marks)
         why = check.conspicuous.get(image['id'], f'{len(marks)} objects')
         cells.append((tile, f'{why}: {image["file_name"]}'[:CAPTION_LETTERS]))
     sheet = draw_grid(cells)
     title = 'Images with findings, then those with the most objects' if cells else 'No folder of pictures was given'
     write_text(sheet, (14, 22), title, anchor='lm')
     return sheet
+
+
+def _read(path: Path) -> Image.Image:
+    """A picture as training sees it; grey where it cannot be read, which the check of all pixels names."""
+    try:
+        return Image.fromarray(decode(path.read_bytes(), 'pillow', str(path))[..., ::-1])
+    except (UnreadableImageError, UnsupportedImageError, OSError):
+        return Image.new('RGB', image_size(path), 'grey')

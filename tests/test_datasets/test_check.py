@@ -13,6 +13,7 @@ from test_coco_file import FAULTS, HARMLESS, changed
 
 from dino_mm.datasets.check import check_dataset
 from dino_mm.datasets.coco_rules import RULES, AnnotationError
+from dino_mm.visualization import draw_dataset
 
 #: Found by looking for boxes or pictures, which the bare file does not show.
 BY_THE_DATA_SET = {'category-order', 'other-categories'}
@@ -86,6 +87,8 @@ def test_pictures_are_looked_at(tmp_path) -> None:
         'bad-picture': 1,
     }
     assert 'id 100 is 15x10 instead of 30x20' in quick.report()
+    draw_dataset(quick, tmp_path / 'out.png')  # with what cannot be drawn in grey
+    assert (np.array(Image.open(tmp_path / 'out.png')) == 128).all(-1).sum() > 500
     thorough = check_dataset(str(path), tmp_path, pixels=True)
     assert thorough.findings.by_rule['bad-picture'].count == 3
     assert all(name in thorough.report() for name in names[1:])
@@ -107,6 +110,14 @@ def test_classes_and_hints(tmp_path) -> None:
     content['annotations'] += [dict(content['annotations'][0], id=100 + i) for i in range(150)]
     report = check_dataset(str(write(tmp_path, content)), tmp_path).report()
     assert 'Classes without an object: yak' in report
+    content = clean()
+    for annotation in content['annotations']:
+        annotation['bbox'] = [side / 64 for side in annotation['bbox']]  # YOLO's unit
+    check = check_dataset(str(write(tmp_path, content)), tmp_path, ('owl', 'cat'))
+    assert "not shares of the picture's size" in check.report()
+    assert '3 objects of 2 of 2 classes' in check.report()
+    draw_dataset(check, tmp_path / 'shares.png')
+    assert Image.open(tmp_path / 'shares.png').height > 1200
     assert 'One image has 152 objects: its denoising queries are 304' in report
 
 
@@ -178,5 +189,5 @@ def test_every_fault_is_met_by_a_case(tmp_path) -> None:
             reports.append(str(error))
     met = {name for name, rule in RULES.items() if rule.fault and any(rule.found in report for report in reports)}
     # Tested above, in test_coco_file.py with the data set's classes, and as the data set's own finding.
-    elsewhere = {'missing-class', 'bad-picture', 'unknown-size'}
+    elsewhere = {'missing-class', 'bad-picture', 'unknown-size', 'no-objects'}
     assert {name for name, rule in RULES.items() if rule.fault} - elsewhere == met

@@ -60,7 +60,7 @@ def test_degenerate_boxes_are_dropped_with_a_count(tmp_path, caplog) -> None:
     # Image 1 has only a degenerate box, 2 only a crowd, 3 nothing.
     assert [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))] == [0]
     assert dataset[0]['gt_bboxes'].tensor.tolist() == [[1, 2, 9, 11]]
-    outside = '2 boxes without area inside the image: left out of training and evaluation'
+    outside = 'no positive width and height): left out of training and evaluation'
     assert any(f'{outside} (annotation 2 of image 0; annotation 3 of image 1)' in m for m in messages), messages
     assert any('1 boxes under one pixel: left out of training' in m for m in messages), messages
     assert any('3 images without boxes removed, 1 left' in m for m in messages), messages
@@ -129,7 +129,7 @@ def test_missing_pictures_are_named_before_a_run_or_left_out(tmp_path, on_fault:
         assert [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))] == [0]
         return
     assert len(dataset) == 2  # who only looks at the annotations may
-    with pytest.raises(ValueError, match=r'1 images whose picture is missing.*id 2 \(2\.png\)'):
+    with pytest.raises(ValueError, match=r'1 images whose picture is missing.*id 2 \(.*/2\.png\)'):
         dataset.require_pictures()
 
 
@@ -151,3 +151,15 @@ def test_a_failing_transform_is_named_and_no_damage_is_suspected(tmp_path, step:
         dataset[0]
     assert f'Cannot prepare image id 2 ({tmp_path}/2.png): {given}' in str(caught.value)
     assert 'damaged' not in str(caught.value)
+
+
+def test_boxes_that_pass_their_pictures_are_named(tmp_path, caplog) -> None:
+    """Corners in place of sizes, as most such boxes are."""
+    messages: list[str] = []
+    MMLogger.get_instance('corners').callHandlers = lambda record: messages.append(record.getMessage())
+    write(tmp_path, [annotation(1, 0), annotation(2, 1, bbox=(20, 10, 30, 20))])
+    dataset = build(tmp_path)
+    assert dataset.get_data_info(1)['instances'][0]['bbox'] == [20, 10, 50, 30]
+    assert any(
+        '1 boxes that pass their picture' in m and 'not corners (annotation 2 of image 1)' in m for m in messages
+    )

@@ -27,7 +27,7 @@ def test_training_does_not_start_without_a_picture(part: str, data: Path, tmp_pa
     assert 'error: ' in done.stderr
     assert 'Traceback' not in done.stderr
     assert '1 images whose picture is missing' in done.stderr
-    assert 'id 2 (000001.png)' in done.stderr
+    assert f'id 2 ({data / part}/000001.png)' in done.stderr
     assert not list((tmp_path / 'work').glob('*.pth'))
     assert 'Iter(train)' not in done.stdout
 
