@@ -19,6 +19,8 @@ FILE = ROOT / 'dino_mm' / 'standin.py'
 #: As the wheel's .pth file loads it: a copy of its own, before anything else.
 BY_PATH = f"""
 import importlib.util, sys
+# What this environment's own .pth file has put there.
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, 'marker', '') != 'dino_mm.standin']
 def load():
     spec = importlib.util.spec_from_file_location('by_path', {str(FILE)!r})
     module = importlib.util.module_from_spec(spec)
