@@ -20,17 +20,19 @@ def _history_statistic(owner: object, name: str) -> Callable:
 
 def _runner_types() -> dict[str, Any]:
     """What a checkpoint of mmengine's runner holds besides tensors, by the name it goes by: its log, plain data."""
-    multiarray: Any = np.core.multiarray
     plain = [
         HistoryBuffer,
         deque,
         np.ndarray,
         np.dtype,
-        multiarray._reconstruct,
-        multiarray.scalar,
         *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
     ]
-    return {f'{kind.__module__}.{kind.__qualname__}': kind for kind in plain} | {'builtins.getattr': _history_statistic}
+    names = {f'{kind.__module__}.{kind.__qualname__}': kind for kind in plain}
+    # What makes arrays and scalars; numpy 1 and 2 write different names of the same functions.
+    makers: list[Any] = [value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))]
+    for core in ('core', '_core'):
+        names |= {f'numpy.{core}.multiarray.{maker.__name__}': maker for maker in makers}
+    return names | {'builtins.getattr': _history_statistic}
 
 
 #: Name -> type or function; anything else in a checkpoint is still refused.

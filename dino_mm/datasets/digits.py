@@ -200,7 +200,7 @@ def draw_digit(scan: FloatArray, size: float, angle: float = 0.0) -> FloatArray:
     ink = np.asarray(enlarged.rotate(angle, Image.Resampling.BICUBIC))
     # A steeper slope turns the soft edge of an enlarged scan into that of a pen stroke; steeper
     # still, it would fill the loops of small eights and nines.
-    opacity = np.clip((ink - 0.25) / 0.6, 0, 1)
+    opacity = np.clip((ink - 0.25) / 0.6, 0, 1).astype(np.float32, copy=False)
     rows = np.flatnonzero((opacity >= INK_THRESHOLD).any(axis=1))
     columns = np.flatnonzero((opacity >= INK_THRESHOLD).any(axis=0))
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -317,7 +317,7 @@ def _draw_stroke(rng: np.random.Generator) -> FloatArray:
         # At most a third of a circle: a full one would pass for a zero.
         end = start + int(rng.integers(30, 120))
         pen.arc((left, top, left + size, top + size), start, end, fill=255, width=width)
-    return np.asarray(mask.reduce(scale), dtype=np.float32) / 255
+    return (np.asarray(mask.reduce(scale), dtype=np.float32) / 255).astype(np.float32, copy=False)
 
 
 def _place(shape: Sequence[int], boxes: list[Box], max_overlap: float, rng: np.random.Generator) -> Box | None:
