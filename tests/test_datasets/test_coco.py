@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
+import coco_cases
 import pytest
-from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 CLASSES = ('cat', 'dog')
@@ -30,17 +29,9 @@ def write(root: Path, annotations: list[dict], num_images: int = 4) -> Path:
 
 
 def build(root: Path, **more):
-    init_default_scope('mmdet')
-    cfg = dict(
-        type='dino_mm.CheckedCocoDataset',
-        data_root=str(root),
-        ann_file='ann.json',
-        data_prefix=dict(img=''),
-        metainfo=dict(classes=CLASSES),
-        filter_cfg=dict(filter_empty_gt=True),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)],
-    )
-    return DATASETS.build(ConfigDict(cfg | more))
+    loading = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+    own = dict(metainfo=dict(classes=CLASSES), filter_cfg=dict(filter_empty_gt=True), pipeline=loading)
+    return coco_cases.build(root, **own | more)
 
 
 def test_degenerate_boxes_are_dropped_with_a_count(tmp_path, caplog) -> None:
