@@ -41,8 +41,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from dino_mm.engine.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
-from dino_mm.engine.profiling import LABEL_CHECK, Worker
+from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
+from dino_mm.benchmark.profiling import LABEL_CHECK, Worker
 
 SIDES = ('ours', 'mmdet')
 #: Seconds before each timed run: OpenMP's threads of the other side still turn for a while after their last work.
@@ -328,7 +328,7 @@ def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str,
         results.append(measure_point(point, works, args.repeats))
         print(table(results[-1], args.repeats), end='\n\n', flush=True)
     if args.picture:
-        from dino_mm.visualization.comparison import plot_comparison  # Matplotlib is needed for pictures only
+        from dino_mm.benchmark.picture import plot_comparison  # Matplotlib is needed for pictures only
 
         first = results[0]['setting']
         plot_comparison(

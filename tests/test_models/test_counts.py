@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 import dino_mm
-from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter
+from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter
 from dino_mm.models import DINO
 from dino_mm.models.structures import collate_targets
 from dino_mm.models.task_modules import assignment

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dino_mm.engine.comparison import (
+from dino_mm.benchmark.comparison import (
     COMPONENTS,
     WHOLE,
     Setting,
@@ -27,7 +27,7 @@ from dino_mm.engine.comparison import (
     mmdet_config,
     our_config,
 )
-from dino_mm.engine.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
+from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
 from dino_mm.models.layers import linear
 from dino_mm.models.task_modules import hungarian_matcher
 

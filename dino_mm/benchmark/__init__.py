@@ -1,0 +1,1 @@
+"""What a DINO costs, measured: operators, waits, memory and time, against MMDetection's own."""
