@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from mmcv.transforms import Compose
@@ -124,7 +125,12 @@ TOLERANCE = {'CMYK': 1, 'YCbCr': 3, 'LAB': 9}
 def test_every_mode_of_every_format(form: str, mode: str, backend: str, tmp_path) -> None:
     source, expected = SOURCES[mode]
     options = dict(lossless=True, exact=True) if form == 'WEBP' else {}
-    pixels = load(encode(source, form, **options), tmp_path, backend)
+    content = encode(source, form, **options)
+    if (form, mode) == ('TIFF', 'YCbCr') and int(PIL.__version__.split('.')[0]) < 13:  # it cannot read what it wrote
+        with pytest.raises(UnreadableImageError, match='Cannot read the picture'):
+            load(content, tmp_path, backend)
+        return
+    pixels = load(content, tmp_path, backend)
     assert pixels.dtype == np.uint8
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=TOLERANCE.get(mode, 0))
 
