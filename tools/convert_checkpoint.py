@@ -8,11 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
+import dino_mm  # first, for it says what does not fit
+
+# isort: split
 import torch
 from mmengine.config import Config
 from torch import nn
 
-import dino_mm
 from dino_mm.checkpoints.architecture import describe, fitting_configs
 from dino_mm.checkpoints.classes import COCO_CLASSES
 from dino_mm.checkpoints.contents import Contents, take_apart

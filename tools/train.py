@@ -2,6 +2,9 @@
 
 import argparse
 
+import dino_mm  # noqa: F401  (first, for it says what does not fit)
+
+# isort: split
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
