@@ -26,7 +26,7 @@ from .coco_rules import AnnotationError, Entry, Findings, Id, IdIndex, canonical
 
 ON_FAULT = ('error', 'drop')
 #: Harmless findings that cost objects, or may show wrong ones, and so are worth a warning.
-LEFT_OUT = ('no-box-area', 'tiny-box', 'other-categories', 'passes-picture')
+LEFT_OUT = ('no-box-area', 'tiny-box', 'other-categories', 'passes-picture', 'picture-twice')
 #: Names that an error lists of a file's categories.
 SHOWN_NAMES = 20
 
@@ -259,6 +259,7 @@ def _categories(rows: list, findings: Findings) -> list[Entry]:
 def _images(rows: list, findings: Findings) -> list[Entry]:
     result: list[Entry] = []
     seen: set[Id] = set()
+    pictures: set[str] = set()
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             findings.add('bad-image', f'entry {number}: {_short(row)}')
@@ -272,6 +273,9 @@ def _images(rows: list, findings: Findings) -> list[Entry]:
             findings.add('image-twice', f'id {key} ({name})')
             continue
         seen.add(key)
+        if name in pictures:
+            findings.add('picture-twice', f'id {key} ({name})')
+        pictures.add(name)
         if type(raw) is not type(key):
             findings.add('text-ids', f'image {raw!r}')
         row['id'] = key
@@ -386,6 +390,6 @@ def _missing_classes(path: str, classes: Sequence[str], categories: Sequence[Ent
         letters = " Each class is one letter: `classes=('cat')` is a text; write `classes=('cat',)`."
     return (
         f'{path} has no categories {shorten(missing_class_cases(classes, categories))}; it has '
-        f'{shorten([category["name"] for category in categories], SHOWN_NAMES)}. '
+        f'{shorten([repr(category["name"]) for category in categories], SHOWN_NAMES)}. '
         f'Set `metainfo=dict(classes=(...))` of the data set to the names in the file.{letters}'
     )

@@ -60,6 +60,10 @@ RULES: dict[str, Rule] = {
     'no-segmentation': _harmless('annotations without a `segmentation`', 'read for their boxes'),
     'no-size': _harmless('images without a valid `width` and `height`', "read from the picture's header"),
     'wrong-size': _harmless('images that are not as large as stated', "read from the picture's header"),
+    'picture-twice': _harmless(
+        'images of the picture of another',
+        'kept apart: what only one of them has is background in the other',
+    ),
     'passes-picture': _harmless(
         'boxes that pass their picture by more than 2 pixels',
         'used as they are; COCO has [left, top, width, height], not corners',

@@ -76,7 +76,7 @@ def test_test_mode_keeps_every_image(tmp_path) -> None:
             [annotation(1, 0)],
             dict(metainfo=dict(classes=('cat', 'horse'))),
             ValueError,
-            ['no categories horse', 'it has cat, dog', 'metainfo'],
+            ['no categories horse', "it has 'cat', 'dog'", 'metainfo'],
         ),
         (
             [annotation(1, 0)],

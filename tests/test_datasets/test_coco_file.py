@@ -340,7 +340,7 @@ def test_faulty_entries_are_left_out_on_request_by_data_set_and_metric(tmp_path)
         (tuple('lion'), ['one letter', "`classes=('cat',)`"]),
         (('cat', 'cat'), ['names cat twice']),
         ((1, 2), ['`classes` is (1, 2)']),
-        (None, ['no categories person', 'it has cat, dog, owl']),
+        (None, ['no categories person', "it has 'cat', 'dog', 'owl'"]),
     ],
 )
 def test_classes_that_the_file_lacks(classes: Any, words: list[str], tmp_path) -> None:
@@ -428,7 +428,18 @@ def test_every_rule_is_met_by_a_case() -> None:
     """A rule without a case is either untested or dead."""
     met = set().union(*(rules for _, rules in HARMLESS.values()))
     harmless = {name for name, rule in RULES.items() if not rule.fault}
-    assert harmless - met == {'tiny-box', 'passes-picture'}  # in test_coco.py and test_check.py
+    assert harmless - met == {'tiny-box', 'passes-picture', 'picture-twice'}  # in test_coco.py, test_check.py, below
+
+
+def test_two_images_of_one_picture_are_noted(tmp_path) -> None:
+    content = clean()
+    first = content['images'][0]
+    content['images'].append(first | dict(id=90))
+    findings = read_coco_file(str(write(tmp_path, content))).findings
+    assert set(findings.by_rule) == {'picture-twice'}
+    assert findings.line('picture-twice').startswith('1 images of the picture of another: kept apart')
+    assert f'(id 90 ({first["file_name"]}))' in findings.line('picture-twice')
+    assert len(build(tmp_path, test_mode=True)) == len(content['images'])
 
 
 def mutations() -> st.SearchStrategy:
