@@ -28,8 +28,8 @@ from dino_mm.benchmark.comparison import (
     our_config,
 )
 from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
-from dino_mm.models.layers import linear
 from dino_mm.models.task_modules import hungarian_matcher
+from dino_mm.ops import linear
 
 TOOL = 'tools/benchmark.py'
 CPU = torch.device('cpu')

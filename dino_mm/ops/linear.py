@@ -1,4 +1,4 @@
-"""Linear layers of tokens, and the choice of what runs them."""
+"""Linear layers, and the choice of what runs them."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.tracing import is_looked_into
+from .tracing import is_looked_into
 
 
 def _onednn_is_faster() -> bool:
@@ -25,33 +25,16 @@ def _onednn_is_faster() -> bool:
 LINEAR_AS_CONVOLUTION = _onednn_is_faster()
 
 
-def runs_as_convolution(x: Tensor) -> bool:
-    """Whether a linear layer of ``x`` is a convolution: see ``LINEAR_AS_CONVOLUTION``."""
-    if not LINEAR_AS_CONVOLUTION or is_looked_into():
-        return False
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and x.dim() == 3 and x.numel() > 0
-
-
-def as_map(tokens: Tensor) -> Tensor:
-    """Tokens (bs, num_tokens, dim) as a map (bs, dim, 1, num_tokens), which in memory is channels-last: no copy."""
-    return tokens.transpose(1, 2).unsqueeze(2)
-
-
-def as_tokens(maps: Tensor) -> Tensor:
-    """The reverse of :func:`as_map`."""
-    return maps.squeeze(2).transpose(1, 2)
-
-
-def as_kernel(weight: Tensor) -> Tensor:
-    """A linear layer's weight, (out_features, in_features), as that of a 1 x 1 convolution."""
-    return weight.view(*weight.shape, 1, 1)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of tokens (bs, num_tokens, dim), in the faster way."""
-    if runs_as_convolution(x):
-        return as_tokens(F.conv2d(as_map(x), as_kernel(weight), bias))
-    return F.linear(x, weight, bias)
+    """``F.linear`` of (..., in_features) to (..., out_features), in the faster way."""
+    is_plain = not LINEAR_AS_CONVOLUTION or is_looked_into()
+    if is_plain or not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+        return F.linear(x, weight, bias)
+    # (1, in_features, 1, num_rows), channels last in memory: no copy.
+    rows = x.reshape(1, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
+    output = F.conv2d(rows, weight[..., None, None], bias).permute(0, 2, 3, 1)
+    # No view for autograd, as what F.linear gives of rows is none: to write to one, as mmcv's ReLU does, costs copies.
+    return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], len(weight)))
 
 
 class Linear(nn.Linear):
