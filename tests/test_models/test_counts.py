@@ -28,8 +28,7 @@ WAITS = {'Tensor.cpu': 1}
 
 @pytest.fixture(scope='module', autouse=True)
 def _operators_of_any_machine() -> Iterator[None]:
-    """What a compiler sees, not a CPU's linear layers as convolutions; in place of the one operator with which a GPU
-    samples, mmcv's PyTorch code, not the sparse product of a CPU."""
+    """In place of the one operator with which a GPU samples, mmcv's PyTorch code, not the sparse product of a CPU."""
     with mock.patch.object(tracing, 'is_compiling', return_value=True):
         yield
 

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dino_mm.benchmark.profiling import OperatorCounter
 from dino_mm.models.layers import transformer
 from dino_mm.models.layers.transformer import DINOEncoderLayer, run_ffn
 from dino_mm.models.structures import FeatureLevels, Tokens
@@ -69,6 +70,14 @@ def test_half_precision_is_that_of_the_first_time(dtype: torch.dtype) -> None:
         return with_grads(output, x, *ffn.parameters())
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
+def test_the_activation_in_place_costs_no_copies() -> None:
+    ffn, x = make_ffn(), make_query()
+    with OperatorCounter() as counter:
+        run_ffn(ffn, x).sum().backward()
+    assert counter.calls['relu_'] == 1
+    assert not counter.calls.keys() & {'as_strided', 'clone', 'copy_'}
 
 
 def test_gradients_are_those_of_finite_differences_and_may_be_taken_twice() -> None:

@@ -6,7 +6,6 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
 from ...ops.deformable_sampling import sample_levels
-from ...ops.linear import linear
 from ..structures import FeatureLevels
 
 
@@ -34,7 +33,7 @@ class SelfAttention(nn.Module):
         """
         width = query.shape[-1]
         weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
-        located, content = linear(query + query_pos, weights[0], biases[0]), linear(query, weights[1], biases[1])
+        located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
         q, k, v = (
             x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (*located.split(width, -1), content)
         )

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
-from ...ops.linear import use_fast_linear
 from ...ops.recomputation import is_cheaper_to_compute_again
 from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
@@ -115,7 +114,6 @@ class DINOEncoder(BaseModule):
             DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
         )
-        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""
@@ -198,7 +196,6 @@ class DINODecoder(BaseModule):
         )
         self.ref_point_head = MLP(embed_dims * 2, embed_dims, embed_dims, 2)
         self.norm = nn.LayerNorm(embed_dims)
-        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""
