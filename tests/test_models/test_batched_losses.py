@@ -19,7 +19,6 @@ from dino_mm.models.losses.focal_loss import FocalLoss
 from dino_mm.models.losses.giou_loss import NormalizedGIoULoss
 from dino_mm.models.losses.set_criterion import LOSSES, SetCriterion
 from dino_mm.models.structures import Predictions, collate_targets
-from dino_mm.models.task_modules import hungarian_matcher
 from dino_mm.models.task_modules.hungarian_matcher import HungarianMatcher
 
 NUM_CLASSES, SIDE = 6, 200
@@ -133,12 +132,8 @@ def weigh(parts: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize('num_groups', [0, 1, 20])
 @pytest.mark.parametrize('num_queries', [1, 40, 800])
 @pytest.mark.parametrize('counts', [[1], [0, 1], [5, 0, 3], [40, 0, 24], [300, 2]])
-@pytest.mark.parametrize('max_pairs', [0, hungarian_matcher.MAX_PAIRS], ids=['costs by layer', 'costs at once'])
-def test_losses_and_gradients(
-    max_pairs: int, counts: list[int], num_queries: int, num_groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_and_gradients(counts: list[int], num_queries: int, num_groups: int) -> None:
     """Of two decoder layers with denoising queries, and of the encoder."""
-    monkeypatch.setattr(hungarian_matcher, 'MAX_PAIRS', max_pairs)
     samples, num_dn, bs = make_samples(counts), num_groups * 2 * max(counts), len(counts)
     decoder = scores, boxes = make_predictions(2, bs, num_dn + num_queries)
     encoder = make_predictions(1, bs, num_queries)
@@ -205,27 +200,12 @@ def denoising_bytes(num_dn_queries: int, num_queries: int) -> int:
 
 
 def test_memory_of_matching_and_losses_grows_with_boxes_times_queries_at_most() -> None:
-    for num_boxes, num_queries in [(20, 200), (24, 800)]:  # without shortlists, and with
-        base = loss_bytes(num_boxes, num_queries)
-        assert base > 2 * 2 * num_boxes * num_queries * 8  # the costs alone
-        assert loss_bytes(2 * num_boxes, num_queries) <= 2 * base
-        assert loss_bytes(num_boxes, 2 * num_queries) <= 2 * base
-        assert loss_bytes(4 * num_boxes, 4 * num_queries) <= 16 * base
-
-
-def test_many_costs_are_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = collate_targets(make_samples([30, 20]), NUM_CLASSES)
-    scores, boxes = (x.detach() for x in make_predictions(4, 2, 500))
-    pairs = 2 * 30 * 500
-
-    def larger_than_a_layer(max_pairs: int) -> int:
-        monkeypatch.setattr(hungarian_matcher, 'MAX_PAIRS', max_pairs)
-        with NewBytes() as new:
-            HungarianMatcher().cost([scores], boxes, targets)
-        return sum(size > pairs * 8 for size in new.sizes)
-
-    assert larger_than_a_layer(4 * pairs) > 4
-    assert larger_than_a_layer(4 * pairs - 1) == 1  # all costs together, at the end
+    num_boxes, num_queries = 20, 200
+    base = loss_bytes(num_boxes, num_queries)
+    assert base > 2 * 2 * num_boxes * num_queries * 8  # the costs alone
+    assert loss_bytes(2 * num_boxes, num_queries) <= 2 * base
+    assert loss_bytes(num_boxes, 2 * num_queries) <= 2 * base
+    assert loss_bytes(4 * num_boxes, 4 * num_queries) <= 16 * base
 
 
 def test_memory_of_denoising_grows_with_its_queries_times_all_at_most() -> None:

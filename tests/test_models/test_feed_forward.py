@@ -1,159 +1,156 @@
-"""A feed-forward network in pieces equals mmcv's, and stands back where somebody has a hand in it."""
+"""A feed-forward network that is computed again for the gradients equals mmcv's, and keeps next to nothing."""
 
-import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import make_samples
 from mmcv.cnn.bricks.transformer import FFN
-from test_linear import Names, with_grads
-from torch import Tensor, nn
+from mmengine.config import Config
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dino_mm.models.layers import feed_forward
-from dino_mm.models.layers import linear as linear_module
-from dino_mm.models.layers.feed_forward import run_ffn
-from dino_mm.models.layers.linear import use_fast_linear
+from dino_mm.benchmark.profiling import OperatorCounter
+from dino_mm.models.layers import transformer
+from dino_mm.models.layers.transformer import DINOEncoderLayer, run_ffn
+from dino_mm.models.structures import FeatureLevels, Tokens
+from dino_mm.ops.recomputation import is_cheaper_to_compute_again
+from dino_mm.registry import MODELS
 
-DIM, HIDDEN = 16, 32
+DIM, HIDDEN = 16, 128
 
 
 def make_ffn(dropout: float = 0.0) -> FFN:
     torch.manual_seed(0)
-    ffn = FFN(DIM, HIDDEN, ffn_drop=dropout)
-    use_fast_linear(ffn)
-    return ffn
+    return FFN(DIM, HIDDEN, ffn_drop=dropout).double()
 
 
-def in_pieces(output: Tensor) -> bool:
-    """Whether :class:`FeedForward` made ``output``, of which ``run_ffn`` gives no view."""
-    return 'FeedForward' in type(output.grad_fn).__name__
+def make_query() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize('rows', [1, 4, 5, 18, 100])
-def test_pieces_of_any_size_equal_mmcvs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward, 'PIECE_BYTES', rows * HIDDEN * 8)
-    ffn = make_ffn().double()
-    x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
-    actual = with_grads(run_ffn(ffn, x), x, *ffn.parameters())
-    expected = with_grads(ffn(x), x, *ffn.parameters())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    assert in_pieces(run_ffn(ffn, x))
+def with_grads(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    weight = torch.linspace(0.5, 1.5, output.numel()).view(output.shape).to(output)
+    return output, *torch.autograd.grad((output * weight).sum(), leaves)
 
 
-@pytest.mark.parametrize('as_convolution', [True, False])
-def test_pieces_equal_mmcvs_as_convolutions_too(as_convolution: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', as_convolution)
-    monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 5 * HIDDEN * 4)
-    ffn = make_ffn()
-    x = torch.randn(2, 9, DIM, requires_grad=True)
-    with Names() as ran:
-        actual = with_grads(run_ffn(ffn, x), x, *ffn.parameters())
-    expected = with_grads(ffn(x), x, *ffn.parameters())
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert ('convolution_backward' in ran.names) == as_convolution
-    assert actual[0].is_contiguous()
-
-
-def test_hidden_layers_are_small_and_only_kept_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 6 * HIDDEN * 4)
-    monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', False)
-    ffn, x, kept = make_ffn(), torch.randn(2, 9, DIM), []
+def kept_bytes(run: Callable[[], object]) -> int:
+    """Of the tensors, each counted once, that ``run`` keeps for the gradients."""
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.shape)
+        kept[id(tensor.untyped_storage())] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_ffn(ffn, x)
-    assert kept == [(2, 9, DIM), (HIDDEN, DIM), (DIM, HIDDEN), *[(6, HIDDEN)] * 3]
+        run()
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    return sum(storages.values())
 
 
-def test_hidden_layers_are_not_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward, 'PIECE_BYTES', 6 * HIDDEN * 4)
-    monkeypatch.setattr(linear_module, 'LINEAR_AS_CONVOLUTION', False)
-    ffn, x, made, alive = make_ffn(), torch.randn(2, 9, DIM), [], []
-    make_hidden = feed_forward.Products.linear
-
-    def spy(*args: Tensor) -> Tensor:
-        alive.append(sum(hidden() is not None for hidden in made))
-        hidden = make_hidden(*args)
-        assert hidden.shape == (6, HIDDEN)
-        made.append(weakref.ref(hidden))
-        return hidden
-
-    monkeypatch.setattr(feed_forward.Products, 'linear', staticmethod(spy))
-    with torch.no_grad():
-        run_ffn(ffn, x)
-    assert len(made) == 3
-    assert max(alive) == 1
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_values_and_gradients_are_mmcvs(dropout: float, recompute: bool) -> None:
+    ffn, x = make_ffn(dropout), make_query()
+    torch.manual_seed(2)
+    expected = with_grads(ffn(x), x, *ffn.parameters())
+    torch.manual_seed(2)
+    actual = with_grads(run_ffn(ffn, x, recompute), x, *ffn.parameters())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_gradients_may_be_taken_twice() -> None:
-    ffn, x = make_ffn(), torch.randn(2, 9, DIM, requires_grad=True)
-    output = run_ffn(ffn, x).sum()
-    first = torch.autograd.grad(output, (x, *ffn.parameters()), retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(output, (x, *ffn.parameters())), first, rtol=0, atol=0)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_the_first_time(dtype: torch.dtype) -> None:
+    ffn, x = make_ffn().float(), make_query().detach().float().requires_grad_()
+
+    def run(recompute: bool) -> tuple[Tensor, ...]:
+        with torch.autocast('cpu', dtype):
+            output = run_ffn(ffn, x, recompute)
+        return with_grads(output, x, *ffn.parameters())
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
 
 
-def test_tokens_may_lie_anyhow_and_be_none() -> None:
-    ffn = make_ffn().double()
-    strided = torch.randn(9, 2, DIM, dtype=torch.float64).transpose(0, 1).requires_grad_()
-    for x in (strided, strided[:, :0]):
-        actual = with_grads(run_ffn(ffn, x), *ffn.parameters())
-        torch.testing.assert_close(actual, with_grads(ffn(x), *ffn.parameters()), rtol=0, atol=1e-12)
+def test_the_activation_in_place_costs_no_copies() -> None:
+    ffn, x = make_ffn(), make_query()
+    with OperatorCounter() as counter:
+        run_ffn(ffn, x).sum().backward()
+    assert counter.calls['relu_'] == 1
+    assert not counter.calls.keys() & {'as_strided', 'clone', 'copy_'}
 
 
-def replace_linear(ffn: FFN) -> None:
-    class Adapted(nn.Linear):
-        """As an adapter of somebody else's would be."""
-
-    ffn.layers[1] = Adapted(HIDDEN, DIM)
-
-
-CHANGES: dict[str, Callable[[FFN], object]] = {
-    'frozen': lambda ffn: ffn.layers[1].requires_grad_(False),
-    'a hook': lambda ffn: ffn.layers[0][0].register_forward_hook(lambda module, args, output: output),
-    'a hook before': lambda ffn: ffn.layers[1].register_forward_pre_hook(lambda module, args: None),
-    'a gradient hook': lambda ffn: ffn.layers[1].register_full_backward_hook(lambda module, ins, outs: None),
-    'another layer': replace_linear,
-    'another activation': lambda ffn: setattr(ffn.layers[0], '1', nn.GELU()),
-    'a parametrization': lambda ffn: nn.utils.parametrizations.weight_norm(ffn.layers[1]),
-}
+def test_gradients_are_those_of_finite_differences_and_may_be_taken_twice() -> None:
+    ffn, x = FFN(3, 4, ffn_drop=0.0).double(), torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: run_ffn(ffn, x, True), (x, *ffn.parameters()))
+    output = run_ffn(ffn, x, True).sum()
+    first = torch.autograd.grad(output, x, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(output, x), first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('change', CHANGES)
-def test_changed_networks_run_as_they_are(change: str) -> None:
-    ffn, x = make_ffn(), torch.randn(2, 9, DIM, requires_grad=True)
-    assert in_pieces(run_ffn(ffn, x))
-    CHANGES[change](ffn)
-    output = run_ffn(ffn, x)
-    assert not in_pieces(output)
-    torch.testing.assert_close(output, ffn(x))
+def test_hidden_layers_are_not_kept() -> None:
+    """But the query and the parameters: (num_tokens * dim + 2 * dim * hidden + hidden + dim) numbers."""
+    ffn, x = make_ffn(), make_query()
+    hidden, query, parameters = 2 * 9 * HIDDEN * 8, x.nbytes, sum(parameter.nbytes for parameter in ffn.parameters())
+    assert kept_bytes(lambda: run_ffn(ffn, x, True)) <= query + parameters
+    assert kept_bytes(lambda: run_ffn(ffn, x)) > hidden
 
 
-def test_dropout_runs_where_it_is_active() -> None:
-    ffn, x = make_ffn(dropout=0.5), torch.randn(2, 9, DIM, requires_grad=True)
-    assert not torch.equal(run_ffn(ffn, x), run_ffn(ffn, x))
-    ffn.eval()
-    assert in_pieces(run_ffn(ffn, x))
+def layer_bytes() -> int:
+    """What an encoder layer keeps of 48 tokens on a GPU, which need not be there."""
+    with FakeTensorMode(), torch.device('cuda'):
+        layer, ones = DINOEncoderLayer(DIM, 2, 1, 4, HIDDEN, 0.0), torch.ones(1, 48, 1, 2)
+        levels = FeatureLevels(
+            shapes=((6, 8),),
+            shape_tensor=ones.new_ones(1, 2, dtype=torch.long),
+            start_index=ones.new_zeros(1, dtype=torch.long),
+            sizes=ones.new_ones(1, 2),
+            valid_ratios=ones.new_ones(1, 1, 2),
+        )
+        query = torch.ones(1, 48, DIM)
+        return kept_bytes(lambda: layer(query, ones, Tokens(query, query, ones[:, :, 0], None, levels)))
 
 
-def test_autocast_keeps_its_precision() -> None:
-    ffn, x = make_ffn(), torch.randn(2, 9, DIM)
-    with torch.autocast('cpu', torch.bfloat16):
-        output, expected = run_ffn(ffn, x), ffn(x)
-    assert not in_pieces(output)
-    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+@pytest.mark.filterwarnings("ignore:Deformable attention runs mmcv's PyTorch code")
+def test_a_gpu_keeps_no_hidden_layer_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    spared = layer_bytes()
+    monkeypatch.setattr(transformer, 'is_cheaper_to_compute_again', lambda x: False)
+    hidden, weights = 48 * HIDDEN * 4, 2 * DIM * HIDDEN * 4
+    assert layer_bytes() == spared + hidden + weights
 
 
-def test_a_trace_has_the_networks_own_operators() -> None:
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ffn = make_ffn()
+def test_a_cpu_keeps_hidden_layers() -> None:
+    assert not is_cheaper_to_compute_again(torch.ones(1))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return run_ffn(self.ffn, x)
 
-    traced = torch.jit.trace(Network(), torch.randn(2, 9, DIM))
-    assert [node.kind() for node in traced.inlined_graph.nodes()].count('aten::linear') == 2
+def training_step(cfg: Config, compiled: bool = False) -> dict[str, Tensor]:
+    """Losses, and gradients by parameter name, of a model in float64."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg).double()
+    if compiled:
+        torch._dynamo.reset()
+        model.forward_transformer = torch.compile(model.forward_transformer, fullgraph=True, backend='aot_eager')
+    inputs, samples = make_samples((2, 1), sizes=((64, 96), (48, 64)))
+    torch.manual_seed(1)
+    losses = model.loss(inputs.double(), samples)
+    sum(losses.values()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**{k: v.detach() for k, v in losses.items()}, **grads}
+
+
+@pytest.mark.parametrize('num_cp', [0, 1])
+def test_a_training_step_is_the_same(num_cp: int, tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_cfg.encoder.update(dropout=0.3, num_cp=num_cp)
+    expected = training_step(tiny_cfg)
+    monkeypatch.setattr(transformer, 'is_cheaper_to_compute_again', lambda x: True)
+    torch.testing.assert_close(training_step(tiny_cfg), expected, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('num_cp', [0, 1])
+def test_a_compiled_training_step_is_the_same(num_cp: int, tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, 'is_cheaper_to_compute_again', lambda x: True)
+    tiny_cfg.encoder.num_cp = num_cp
+    tiny_cfg.denoising.update(label_noise_ratio=0, box_noise_scale=0)
+    expected = training_step(tiny_cfg)
+    torch.testing.assert_close(training_step(tiny_cfg, compiled=True), expected, rtol=0, atol=1e-8)

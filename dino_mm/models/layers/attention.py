@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ...ops.deformable_sampling import sample_levels
 from ..structures import FeatureLevels
-from .linear import linear
 
 
 class SelfAttention(nn.Module):
@@ -34,7 +33,7 @@ class SelfAttention(nn.Module):
         """
         width = query.shape[-1]
         weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
-        located, content = linear(query + query_pos, weights[0], biases[0]), linear(query, weights[1], biases[1])
+        located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
         q, k, v = (
             x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (*located.split(width, -1), content)
         )
@@ -99,9 +98,9 @@ class DeformableAttention(MultiScaleDeformableAttention):
         bs, num_queries, _ = query.shape
         points = (bs, num_queries, self.num_heads, self.num_levels, self.num_points)
         located = query + query_pos
-        offsets = self.sampling_offsets(located).view(*points[:4], -1)
+        offsets = self.sampling_offsets(located).view(*points, 2)
         weights = self.attention_weights(located).view(*points[:3], -1).softmax(-1).view(points)
-        locations = self.sampling_locations(offsets, reference, levels).view(*points, 2)
+        locations = self.sampling_locations(offsets, reference, levels)
 
         value = self.value_proj(value)
         if padding_mask is not None:
@@ -111,15 +110,12 @@ class DeformableAttention(MultiScaleDeformableAttention):
         return query + self.dropout(self.output_proj(output))
 
     def sampling_locations(self, offsets: Tensor, reference: Tensor, levels: FeatureLevels) -> Tensor:
-        """Where to sample: (bs, num_queries, num_heads, num_levels, num_points * 2), (x, y) in [0, 1], point by point.
+        """Where to sample: (bs, num_queries, num_heads, num_levels, num_points, 2), (x, y) in [0, 1].
 
-        Around a point, offsets count in pixels of the level; around a box, in half sizes of the box.
-
-        The coordinates of all points stand side by side, for a CPU takes ten times as long to repeat two at a time.
+        Around a point, ``offsets`` of that shape count in pixels of the level; around a box, in half sizes of the box.
         """
-        points = (1, 1, 1, 1, self.num_points)
-        reference = reference[:, :, None]
+        reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            return reference.repeat(points) + offsets / levels.sizes.repeat(points[-2:])
+            return reference + offsets / levels.sizes[:, None]
         centers, sizes = reference.split(2, -1)
-        return centers.repeat(points) + offsets * (sizes * (0.5 / self.num_points)).repeat(points)
+        return centers + offsets * (sizes * (0.5 / self.num_points))

@@ -11,11 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
+from ...ops.recomputation import is_cheaper_to_compute_again
 from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
-from .feed_forward import run_ffn
-from .linear import use_fast_linear
 
 
 def init_transformer(module: nn.Module) -> None:
@@ -45,6 +44,12 @@ def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
     return layer(*args)
 
 
+def run_ffn(ffn: FFN, query: Tensor, recompute: bool = False) -> Tensor:
+    """Apply ``ffn``, residual included, to ``query`` (bs, num_queries, dim); ``recompute`` as in :func:`run_layer`."""
+    # Rows, as what a linear layer gives of them is not a view: writing to one, as mmcv's ReLU does, costs four copies.
+    return run_layer(ffn, recompute, query.flatten(0, 1)).view_as(query)
+
+
 class DINOEncoderLayer(BaseModule):
     """Deformable self-attention over all levels, then a feed-forward network, each followed by LayerNorm."""
 
@@ -65,7 +70,9 @@ class DINOEncoderLayer(BaseModule):
     def forward(self, query: Tensor, reference: Tensor, tokens: Tokens) -> Tensor:
         """``query`` (bs, num_tokens, dim) sampled around ``reference`` (bs, num_tokens, num_levels, 2)."""
         query = self.self_attn(query, tokens.positions, query, reference, tokens.levels, tokens.padding_mask)
-        return self.norms[1](run_ffn(self.ffn, self.norms[0](query)))
+        # The hidden layers of all tokens, eight times as wide as these, would be a quarter of a training step's memory.
+        recompute = is_cheaper_to_compute_again(query)
+        return self.norms[1](run_ffn(self.ffn, self.norms[0](query), recompute))
 
 
 @MODELS.register_module()
@@ -107,7 +114,6 @@ class DINOEncoder(BaseModule):
             DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
         )
-        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""
@@ -190,7 +196,6 @@ class DINODecoder(BaseModule):
         )
         self.ref_point_head = MLP(embed_dims * 2, embed_dims, embed_dims, 2)
         self.norm = nn.LayerNorm(embed_dims)
-        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""

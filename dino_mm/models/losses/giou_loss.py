@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
-from ..box_ops import coordinates, generalized_iou
+from ..box_ops import generalized_iou
 
 
 @MODELS.register_module()
@@ -21,5 +21,5 @@ class NormalizedGIoULoss(nn.Module):
 
     def forward(self, pred: Tensor, target: Tensor, reduction_override: str = 'mean') -> Tensor:
         """Loss of ``pred`` and ``target``, (num_boxes, 4) xyxy: (num_boxes,), or reduced by 'mean' or 'sum'."""
-        loss = self.loss_weight * (1 - generalized_iou(coordinates(pred), coordinates(target)))
+        loss = self.loss_weight * (1 - generalized_iou(pred, target))
         return loss if reduction_override == 'none' else getattr(loss, reduction_override)()

@@ -4,7 +4,7 @@ import torch
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from ..box_ops import coordinates, corners
+from ..box_ops import corners
 from ..structures import Predictions, Targets
 from ..task_modules.hungarian_matcher import HungarianMatcher
 
@@ -115,8 +115,8 @@ class SetCriterion(nn.Module):
         target = targets.boxes.to(boxes)
         loss_bbox = self.loss_bbox(pred, target.expand_as(pred), reduction_override='none')
         loss_iou = self.loss_iou(
-            _to_xyxy(pred).flatten(0, 2),
-            _to_xyxy(target).expand_as(pred).flatten(0, 2),
+            corners(pred).flatten(0, 2),
+            corners(target).expand_as(pred).flatten(0, 2),
             reduction_override='none',
         )
         losses = torch.stack([loss_bbox.sum(3), loss_iou.view(counts.shape)]) * counts
@@ -130,11 +130,6 @@ class SetCriterion(nn.Module):
 def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:
     """View of the positive ones of (num_layers, bs, num_dn, ...): (num_layers, num_groups, bs, num_gts, ...)."""
     return dn_queries.unflatten(2, (num_groups, 2, targets.boxes.shape[1]))[:, :, :, 0].transpose(1, 2)
-
-
-def _to_xyxy(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4), cxcywh to xyxy, in memory as :func:`coordinates` has them."""
-    return corners(coordinates(boxes)).movedim(0, -1)
 
 
 def _classify(loss_cls: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:

@@ -7,13 +7,9 @@ from torch import Tensor
 
 from dino_mm.registry import TASK_UTILS
 
-from ..box_ops import coordinates, corners, generalized_iou, l1_distance
+from ...ops.assignment import NotFiniteError, assign
+from ..box_ops import corners, generalized_iou
 from ..structures import Targets, describe_unusable_targets
-from .assignment import NotFiniteError, assign
-
-#: Pairs of a query and an object, in all layers and images, of which the costs are computed at once. Of more they are
-#: computed layer by layer, which bounds the memory and suits a CPU's caches; of fewer, few operators are done sooner.
-MAX_PAIRS = 1_000_000
 
 
 @TASK_UTILS.register_module()
@@ -80,30 +76,14 @@ class HungarianMatcher:
 
         Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
-        if boxes[..., 0].numel() * targets.boxes.shape[1] <= MAX_PAIRS:
-            return self._cost_at_once(scores, boxes, targets)
-        layers = (layer[None] for part in scores for layer in part)
-        return torch.cat([self._cost_at_once([s], b[None], targets) for s, b in zip(layers, boxes, strict=True)])
-
-    def _cost_at_once(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
-        """See :meth:`cost`."""
-        # In place, one part after another, from the one that takes the most: these are the only tensors that grow with
-        # boxes times queries.
-        boxes, target_boxes = coordinates(boxes)[..., None, :], coordinates(targets.boxes.to(boxes))[..., None]
-        giou = generalized_iou(corners(boxes), corners(target_boxes))
-        cost = l1_distance(boxes * self.cost_bbox, target_boxes * self.cost_bbox).sub_(giou, alpha=self.cost_giou)
+        target_boxes = targets.boxes.to(boxes)
+        cost = torch.cdist(target_boxes.expand(len(boxes), -1, -1, -1), boxes, p=1).mul_(self.cost_bbox)
+        giou = generalized_iou(corners(boxes)[..., None, :, :], corners(target_boxes)[..., None, :])
+        cost.sub_(giou, alpha=self.cost_giou)
         del giou
-        return self._add_class_cost(cost, scores, targets.labels)
-
-    def _add_class_cost(self, cost: Tensor, scores: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Add the focal costs of the objects' classes."""
-        images = torch.arange(len(labels), device=labels.device)[:, None]
-        logits = [layers.transpose(2, 3) for layers in scores]
-        # Looking up costs takes longer than looking up logits, so that it pays for many more objects than classes only.
-        if labels.shape[1] < 2 * logits[0].shape[2]:
-            return self._add_focal_cost(cost, torch.cat([layers[:, images, labels] for layers in logits]))
-        costs = torch.cat([self._add_focal_cost(torch.zeros_like(layers), layers.clone()) for layers in logits])
-        return cost.add_(costs[:, images, labels])
+        images = torch.arange(len(targets.labels), device=boxes.device)[:, None]
+        logits = torch.cat([layers.transpose(2, 3)[:, images, targets.labels] for layers in scores])
+        return self._add_focal_cost(cost, logits)
 
     def _add_focal_cost(self, cost: Tensor, logits: Tensor) -> Tensor:
         """Add what the focal loss would be for an object of that class, less for background; overwrites ``logits``."""
