@@ -1,6 +1,8 @@
 """The head of DINO: class and box branches, losses, detections."""
 
 import copy
+from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ...ops.tracing import is_looked_into
+from ...ops.transfer import to_device
 from ..box_ops import refine_boxes
 from ..builder import refuse_unknown_keys
 from ..losses.set_criterion import LOSSES, SetCriterion
@@ -169,30 +173,45 @@ class DINOHead(BaseModule):
             For each image the ``max_per_img`` best pairs of query and class: ``bboxes`` (n, 4) xyxy in pixels, clipped
             to the image, those without area removed, ``scores`` (n,) descending, ``labels`` (n,).
         """
+        scores, boxes = all_layers_cls_scores[-1].sigmoid().flatten(1), all_layers_bbox_preds[-1]
+        best, index = scores.topk(min(self.max_per_img, scores.shape[1]))
+        boxes = boxes.gather(1, (index // self.num_classes)[..., None].expand(-1, -1, 4))
+        boxes = _to_pixels(bbox_cxcywh_to_xyxy(boxes), batch_img_metas, rescale)
+        kept = _indices((boxes[..., 2:] > boxes[..., :2]).all(-1))
         return [
-            self._detect(scores, boxes, img_meta, rescale)
-            for scores, boxes, img_meta in zip(
-                all_layers_cls_scores[-1], all_layers_bbox_preds[-1], batch_img_metas, strict=True
-            )
+            InstanceData(bboxes=b[i], scores=s[i], labels=c[i])
+            for i, b, s, c in zip(kept, boxes, best, index % self.num_classes, strict=True)
         ]
 
-    def _detect(self, scores: Tensor, boxes: Tensor, img_meta: dict, rescale: bool) -> InstanceData:
-        """Detections of one image from logits (num_queries, num_classes) and boxes (num_queries, 4)."""
-        probabilities = scores.sigmoid().flatten()
-        best, index = probabilities.topk(min(self.max_per_img, len(probabilities)))
-        boxes = bbox_cxcywh_to_xyxy(boxes[index // self.num_classes])
-        height, width = img_meta['img_shape'][:2]
-        boxes = boxes * boxes.new_tensor([width, height, width, height])
-        if rescale:
-            boxes = boxes / boxes.new_tensor(img_meta['scale_factor']).repeat(2)
-            height, width = img_meta['ori_shape'][:2]
-        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-        return InstanceData(
-            bboxes=boxes[has_area],
-            scores=best[has_area],
-            labels=(index % self.num_classes)[has_area],
-        )
+
+def _to_pixels(boxes: Tensor, img_metas: list[dict], rescale: bool) -> Tensor:
+    """Boxes (bs, num_detections, 4), xyxy, in [0, 1] to pixels; see :meth:`DINOHead.predict_by_feat`."""
+    shape_names = ['img_shape', 'ori_shape'] if rescale else ['img_shape']
+    tables = [[_width_first(meta[name][:2]) for meta in img_metas] for name in shape_names]
+    if rescale:
+        tables.append([(*meta['scale_factor'], *meta['scale_factor']) for meta in img_metas])
+    limits, *original = (table[:, None] for table in to_device(tables, boxes.device, boxes.dtype))
+    boxes = boxes * limits
+    if rescale:
+        limits, scales = original
+        boxes = boxes / scales
+    return boxes.clamp(min=0).minimum(limits)
+
+
+def _width_first(shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    height, width = shape
+    return width, height, width, height
+
+
+def _indices(masks: Tensor) -> Sequence[Tensor | EllipsisType]:
+    """What picks out each image's detections where ``masks`` (bs, num_detections) is True: `...` if it is everywhere.
+
+    Reading the masks is the one point of a detection at which the host waits for the device.
+    """
+    if is_looked_into():  # a trace's detections may be others than those of the images it is made with
+        return list(masks)
+    rows = masks.cpu().numpy()
+    return [...] * len(rows) if rows.all() else to_device([row.nonzero()[0] for row in rows], masks.device)
 
 
 def layer_names(num_layers: int) -> list[str]:
