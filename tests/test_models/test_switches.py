@@ -127,7 +127,7 @@ def test_geometry_and_losses_stay_float32_under_autocast(
         (model, 'pre_transformer'),
         (model, 'pre_decoder'),
         (model, 'forward_decoder'),
-        (model.bbox_head, 'predict_layer'),
+        (model.bbox_head, 'predict_layers'),
     ]
     for owner, method in parts:
         spy(owner, method)
@@ -141,7 +141,7 @@ def test_geometry_and_losses_stay_float32_under_autocast(
     (states,) = islands.pop('forward_decoder')
     islands['tokens'] = [tokens.positions, tokens.centers, tokens.levels.valid_ratios]
     islands['boxes'] = [selection.reference, selection.boxes, denoising.reference, *states.references]
-    islands['predict_layer'] = [tensor for prediction in islands['predict_layer'] for tensor in prediction]
+    (islands['predict_layers'],) = islands['predict_layers']
     islands['losses'] = list(losses.values())
     assert len(islands['sampling_locations']) == 1 + 2 + 2  # two are computed again for the gradients
     for name, tensors in islands.items():

@@ -98,14 +98,16 @@ class DINOHead(BaseModule):
             Logits (num_layers, bs, num_queries, num_classes) and boxes (num_layers, bs, num_queries, 4), cxcywh in
             [0, 1] of the image without padding.
         """
-        layers = [self.predict_layer(i, state, references[i]) for i, state in enumerate(hidden_states)]
-        scores, boxes = zip(*layers, strict=True)
-        return torch.stack(scores), torch.stack(boxes)
+        return self.predict_layers(range(len(hidden_states)), hidden_states, references)
 
-    def predict_layer(self, layer: int, state: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of one layer; float32 or wider, so that losses and costs are, under autocast too."""
-        boxes = refine_boxes(self.reg_branches[layer](state), reference)
-        return self.cls_branches[layer](state).to(boxes.dtype), boxes
+    def predict_layers(
+        self, layers: Sequence[int], hidden_states: Tensor, references: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, of some layers; float32 or wider, so that losses and costs are, under autocast too."""
+        scores = torch.stack([self.cls_branches[i](hidden_states[i]) for i in layers])
+        deltas = torch.stack([self.reg_branches[i](hidden_states[i]) for i in layers])
+        boxes = refine_boxes(deltas, torch.stack([references[i] for i in layers]))
+        return scores.to(boxes.dtype), boxes
 
     def loss(
         self,
@@ -149,10 +151,9 @@ class DINOHead(BaseModule):
         rescale: bool = True,
     ) -> InstanceList:
         """Detections of each image, from the last decoder layer. See :meth:`predict_by_feat`."""
-        last = len(hidden_states) - 1
-        scores, boxes = self.predict_layer(last, hidden_states[last], references[last])
+        scores, boxes = self.predict_layers([len(hidden_states) - 1], hidden_states, references)
         img_metas = [sample.metainfo for sample in batch_data_samples]
-        return self.predict_by_feat(scores[None], boxes[None], img_metas, rescale)
+        return self.predict_by_feat(scores, boxes, img_metas, rescale)
 
     def predict_by_feat(
         self,
