@@ -6,6 +6,7 @@ Counts do not depend on the machine, so tests can hold them; times do, and are o
 import ctypes
 import gc
 import multiprocessing
+import sys
 import time
 import traceback
 from collections import Counter
@@ -20,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from dino_mm.models.task_modules import hungarian_matcher
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: Operators whose result, or its shape, the host must know: with a GPU it waits for all work that was queued before.
 WAITING_OPERATORS = frozenset(
@@ -43,21 +43,27 @@ WAITING_OPERATORS = frozenset(
 INDEXING_OPERATORS = frozenset({'index', 'index_put', 'index_put_', '_index_put_impl_'})
 #: Methods that copy a tensor to the host. On a CPU no operator shows it, so the calls themselves are counted.
 HOST_METHODS = ('cpu', 'numpy', 'tolist')
+#: What makes a tensor of the host's numbers; on a GPU, by a copy from memory that is not pinned.
+CONSTRUCTORS = ((torch, 'tensor'), (torch, 'as_tensor'), (Tensor, 'new_tensor'))
+#: Operators that copy from one device to another.
+COPYING_OPERATORS = frozenset({'_to_copy', 'copy_'})
 #: The kind of synchronisation that ``one_hot`` counts as: on a CPU it looks at its labels, on a GPU it does not.
 LABEL_CHECK = 'label check of a CPU'
-#: What solves the assignments, with torch too, once their costs are on the host: no work of the device.
-HOST_WORK = 'work of the host'
+#: What copies in one of ``CONSTRUCTORS`` belong to.
+CONSTRUCTION = 'construction'
+_INNER_CODE = (__file__, f'{Path(torch.__file__).parent}/')
 _CPU = torch.device('cpu')
 
 
 class OperatorCounter(TorchDispatchMode):
     """Counts, while active, operator calls and host synchronisations, those of a backward pass included.
 
-    A synchronisation is a call of ``WAITING_OPERATORS``, indexing with a boolean mask, or a copy to the host. On a GPU
-    copies are seen as operators whose result leaves the device; on a CPU as calls of ``Tensor.cpu``, ``numpy`` and
-    ``tolist``, where ``tensor.cpu().numpy()`` is one copy; ``Tensor.to('cpu')`` is not seen there. What a CPU does and
-    a GPU does not, ``one_hot``'s look at its labels, in mmdet's ``FocalLoss``, is counted as ``LABEL_CHECK``. What the
-    host does on every machine, our solving of assignments, is not counted.
+    A synchronisation is a call of ``WAITING_OPERATORS``, indexing with a boolean mask, a copy to the host, or one from
+    the host unless it is ``non_blocking``: that is what ``torch.cuda.set_sync_debug_mode`` finds. ``CONSTRUCTORS`` that
+    are told a device copy from the host. Other copies are seen on a GPU as operators; on a CPU, whose memory stands for
+    both, as calls of ``Tensor.cpu``, ``numpy`` and ``tolist``, where ``tensor.cpu().numpy()`` is one copy, and of
+    ``Tensor.to`` with a tensor that comes from there, from NumPy, or from a constructor without a device. What a CPU
+    does and a GPU does not, ``one_hot``'s look at its labels, in mmdet's ``FocalLoss``, is counted as ``LABEL_CHECK``.
 
     Args:
         device: Where the work runs.
@@ -65,6 +71,7 @@ class OperatorCounter(TorchDispatchMode):
     Attributes:
         calls: Calls of each operator.
         waits: Synchronisations of each kind.
+        places: Where in the code, 'folder/file.py:line', those are that a GPU makes.
     """
 
     def __init__(self, device: torch.device = _CPU) -> None:
@@ -72,7 +79,9 @@ class OperatorCounter(TorchDispatchMode):
         self.device = device
         self.calls: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self._on_host: Tensor | None = None
+        self.places: Counter[str] = Counter()
+        self._made_by_host = WeakIdKeyDictionary()
+        self._fetched: Tensor | None = None
         self._inside: str | None = None
 
     @property
@@ -87,28 +96,27 @@ class OperatorCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count and run one operator."""
-        result = func(*args, **(kwargs or {}))
-        if self._inside == HOST_WORK:
-            return result
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         self.calls[name] += 1
         if name in WAITING_OPERATORS:
-            self.waits[LABEL_CHECK if self._inside == LABEL_CHECK else name] += 1
+            self._note(LABEL_CHECK if self._inside == LABEL_CHECK else name)
         elif name in INDEXING_OPERATORS and _has_mask(args[1]):
-            self.waits[f'{name} with a mask'] += 1
-        elif isinstance(result, Tensor) and result.is_cpu and any(_on_device(leaf) for leaf in tree_leaves(args)):
-            self.waits['copy to the host'] += 1
+            self._note(f'{name} with a mask')
+        elif name in COPYING_OPERATORS and self._inside != CONSTRUCTION:
+            self._note_copy(result, args, kwargs)
         return result
 
     def __enter__(self) -> 'OperatorCounter':
         """Start to count."""
         self._patches = ExitStack()
-        for method in HOST_METHODS if self.device.type == 'cpu' else ():
-            counted = self._counting(getattr(Tensor, method))
-            self._patches.enter_context(mock.patch.object(Tensor, method, counted))
-        for owner, name, kind in ((F, 'one_hot', LABEL_CHECK), (hungarian_matcher, 'assign', HOST_WORK)):
-            told_apart = self._telling(getattr(owner, name), kind)
-            self._patches.enter_context(mock.patch.object(owner, name, told_apart))
+        self._watch(self._note_constructor, *CONSTRUCTORS)
+        if self.device.type == 'cpu':
+            self._watch(self._note_fetching, *((Tensor, name) for name in HOST_METHODS))
+            self._watch(self._note_sending, (Tensor, 'to'))
+            self._watch(self._note_array, (torch, 'from_numpy'))
+        self._patches.enter_context(mock.patch.object(F, 'one_hot', self._telling(F.one_hot, LABEL_CHECK)))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -116,27 +124,80 @@ class OperatorCounter(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    def _counting(self, method: Callable) -> Callable:
-        """``method`` of a tensor, counted unless the tensor is the one that ``cpu`` gave just before."""
+    def _note(self, kind: str) -> None:
+        """Count a synchronisation."""
+        self.waits[kind] += 1
+        if kind != LABEL_CHECK:
+            self.places[_place()] += 1
 
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            result = method(tensor, *args, **kwargs)
-            if self._inside != HOST_WORK and (tensor is not self._on_host or method.__name__ == 'cpu'):
-                self.waits[f'Tensor.{method.__name__}'] += 1
-            self._on_host = result if isinstance(result, Tensor) else None
-            return result
+    def _watch(self, note: Callable[..., None], *functions: tuple[Any, str]) -> None:
+        """Have ``note`` called after each call of the functions, with their name, arguments and result."""
 
-        return counted
+        def watching(function: Callable, name: str) -> Callable:
+            told = self._telling(function, CONSTRUCTION) if note == self._note_constructor else function
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                result = told(*args, **kwargs)
+                if self._inside is None:
+                    note(name, args, kwargs, result)
+                return result
+
+            return watched
+
+        for owner, name in functions:
+            kind = f'{owner.__name__}.{name}'
+            self._patches.enter_context(mock.patch.object(owner, name, watching(getattr(owner, name), kind)))
+
+    def _note_constructor(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        like, data, *options = args if name == 'Tensor.new_tensor' else (None, *args)
+        options += kwargs.values()
+        for_device = like is not None and like not in self._made_by_host
+        for_device |= any(isinstance(option, torch.device | str) for option in options)
+        if isinstance(data, Tensor):
+            return
+        if for_device and result.device.type == self.device.type:
+            self._note(name)
+        else:
+            self._made_by_host[result] = True
+
+    def _note_array(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        self._made_by_host[result] = True
+
+    def _note_fetching(self, name: str, args: tuple, kwargs: dict, result: Any) -> None:
+        if name == 'Tensor.cpu' or not self._is_on_host(args[0]):
+            self._note(name)
+        self._fetched = result if isinstance(result, Tensor) else None
+
+    def _note_sending(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
+        tensor, *options = args
+        options += kwargs.values()
+        if not self._is_on_host(tensor) or not any(isinstance(o, torch.device | str | Tensor) for o in options):
+            return
+        if not any(option is True for option in options):  # non_blocking
+            self._note(name)
+        self._made_by_host.pop(result, None)  # on a CPU it is the same tensor
+        self._fetched = None
+
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        return tensor is self._fetched or tensor in self._made_by_host
+
+    def _note_copy(self, result: Any, args: tuple, kwargs: dict) -> None:
+        """Count a copy from one side to the other; there is none on a CPU."""
+        sources = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if result.is_cpu and not all(source.is_cpu for source in sources):
+            self._note('copy to the host')
+        elif not result.is_cpu and sources[-1].is_cpu and not (kwargs.get('non_blocking') or True in args[2:]):
+            self._note('copy from the host')
 
     def _telling(self, function: Callable, kind: str) -> Callable:
         """``function``, during which the counter knows what is done."""
 
         def told(*args: Any, **kwargs: Any) -> Any:
-            self._inside = kind
+            outer, self._inside = self._inside, self._inside or kind
             try:
                 return function(*args, **kwargs)
             finally:
-                self._inside = None
+                self._inside = outer
 
         return told
 
@@ -145,8 +206,13 @@ def _has_mask(indices: Any) -> bool:
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
-def _on_device(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and not argument.is_cpu
+def _place() -> str:
+    """Who runs: the innermost line of code that is neither torch's nor of this file."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_INNER_CODE):
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    return f'{path.parent.name}/{path.name}:{frame.f_lineno}'
 
 
 class PeakMemory(AbstractContextManager):

@@ -11,6 +11,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..ops.transfer import to_device
 from .box_ops import center_size
 
 
@@ -126,10 +127,10 @@ def collate_targets(samples: Sequence[DetDataSample], num_classes: int) -> Targe
     padded_boxes, padded_labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True).long()
     if not any(counts):  # one slot nevertheless, so that no code below meets an empty axis
         padded_boxes, padded_labels = padded_boxes.new_zeros(len(boxes), 1, 4), padded_labels.new_zeros(len(boxes), 1)
-    sizes = padded_boxes.new_tensor([sample.img_shape[:2][::-1] * 2 for sample in samples])
-    slots = torch.arange(padded_boxes.shape[1], device=padded_boxes.device)
-    mask = slots < torch.tensor(counts, device=padded_boxes.device)[:, None]
-    normalized = center_size(padded_boxes / sizes[:, None])
+    device, (heights, widths) = padded_boxes.device, zip(*(sample.img_shape[:2] for sample in samples), strict=True)
+    sizes, used = to_device([[widths, heights, widths, heights], counts], device)
+    mask = torch.arange(padded_boxes.shape[1], device=device) < used[:, None]
+    normalized = center_size(padded_boxes / sizes.t()[:, None])
     unusable = _unusable(padded_boxes, padded_labels, num_classes) & mask
     return Targets(
         labels=padded_labels.clamp(0, num_classes - 1),

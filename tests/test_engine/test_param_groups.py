@@ -1,5 +1,7 @@
 """Optimizer groups against truth tables."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from mmengine.config import ConfigDict
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from torch import nn
 
+from dino_mm.engine import param_groups
 from dino_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 LR, DECAY = 1e-2, 1e-3
@@ -35,13 +38,13 @@ class LayerNorm2d(nn.LayerNorm):
     """Such as timm's."""
 
 
-def build(model: nn.Module, **paramwise: Any) -> OptimWrapper:
+def build(model: nn.Module, optimizer: Mapping[str, Any] | None = None, **paramwise: Any) -> OptimWrapper:
     return build_optim_wrapper(
         model,
         ConfigDict(
             dict(
                 type='OptimWrapper',
-                optimizer=dict(type='AdamW', lr=LR, weight_decay=DECAY),
+                optimizer={'type': 'AdamW', 'lr': LR, 'weight_decay': DECAY, **(optimizer or {})},
                 constructor='dino_mm.ParamGroupConstructor',
                 paramwise_cfg=paramwise,
             )
@@ -226,6 +229,49 @@ def test_a_step_moves_parameters_by_their_own_rates() -> None:
         decay = 0 if '.norm.' in name else DECAY
         # AdamW's first step is the learning rate, for Adam divides the gradient by its own size.
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - lr * decay) - lr, rtol=0, atol=1e-7)
+
+
+@pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='a CPU has no fused AdamW before torch 2.4')
+@pytest.mark.parametrize('kind', ['AdamW', torch.optim.AdamW])
+def test_adamw_is_fused_on_gpus(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the CPU is taken for one; it has a fused AdamW as well, with the same steps up to rounding."""
+    assert build(Detector(), optimizer=dict(type=kind)).optimizer.defaults['fused'] is None
+    models, wrappers = [Detector() for _ in range(2)], []
+    models[1].load_state_dict(models[0].state_dict())
+    for model, on_gpus in zip(models, (False, True), strict=True):
+        monkeypatch.setattr(param_groups, '_is_on_gpus', lambda _, on_gpus=on_gpus: on_gpus)
+        wrappers.append(build(model, optimizer=dict(type=kind), norm_decay_mult=0.0))
+        train(model, wrappers[-1])
+    assert [{group['fused'] for group in wrapper.optimizer.param_groups} for wrapper in wrappers] == [{None}, {True}]
+    compare_parameters(*models)
+    for wrapper, other in (wrappers, wrappers[::-1]):  # resumed on the other kind of machine
+        state = copy.deepcopy(other.optimizer.state_dict())
+        wrapper.optimizer.load_state_dict(state)
+    assert [{group['fused'] for group in wrapper.optimizer.param_groups} for wrapper in wrappers] == [{None}, {True}]
+    for model, wrapper in zip(models, wrappers, strict=True):
+        train(model, wrapper)
+    compare_parameters(*models)
+
+
+def train(model: nn.Module, wrapper: OptimWrapper) -> None:
+    """Three steps with the same gradients every time."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        wrapper.step()
+
+
+def compare_parameters(one: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('option', ['fused', 'foreach'])
+def test_the_config_says_whether_adamw_is_fused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(param_groups, '_is_on_gpus', lambda _: True)
+    defaults = build(Detector(), optimizer={'type': 'AdamW', option: False}).optimizer.defaults
+    assert defaults[option] is False
+    assert not defaults['fused']
 
 
 def test_other_wrappers_are_built_with_their_options() -> None:

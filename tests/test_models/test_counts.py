@@ -4,7 +4,8 @@ Counted on a CPU, with the losses as the config has them. Only the label checks 
 makes and a GPU does not, are set apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -16,7 +17,7 @@ from mmengine.registry import init_default_scope
 import dino_mm
 from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter
 from dino_mm.models import DINO
-from dino_mm.ops import tracing
+from dino_mm.ops import deformable_sampling
 from dino_mm.registry import MODELS
 
 #: Operator calls for two images of one size, without padding. MMDetection's DINO makes 7,934 and 5,400, and has 299
@@ -28,9 +29,10 @@ WAITS = {'Tensor.cpu': 1}
 
 @pytest.fixture(scope='module', autouse=True)
 def _operators_of_any_machine() -> Iterator[None]:
-    """In place of the one operator with which a GPU samples, mmcv's PyTorch code, not the sparse product of a CPU."""
-    with mock.patch.object(tracing, 'is_compiling', return_value=True):
-        yield
+    """mmcv's PyTorch code, as MMDetection's counts have it, for the one operator with which a GPU samples."""
+    deformable_sampling.use_backend('pytorch')
+    yield
+    deformable_sampling.use_backend(None)
 
 
 @pytest.fixture(scope='module')
@@ -77,11 +79,74 @@ def test_images_add_few_operators(model: DINO, step: tuple) -> None:
     assert backward.calls == step[1].calls
 
 
+@pytest.mark.parametrize('counts', [(1,), (1, 1, 1, 1)])
+@pytest.mark.parametrize('padded', [False, True])
 @torch.no_grad()
-def test_detection_waits_for_the_boxes_without_area_only(model: DINO) -> None:
-    inputs, samples = make_samples((1, 1))
+def test_detection_waits_once_a_batch(counts: tuple[int, ...], padded: bool, model: DINO) -> None:
+    sizes = [(64, 96), (48, 64)] * 2 if padded else [(64, 96)] * 4
+    inputs, samples = make_samples(counts, sizes=sizes[: len(counts)])
     model.eval()
     with OperatorCounter() as counter:
         model.predict(inputs, samples)
     model.train()
-    assert counter.waits == {'index with a mask': 3 * len(samples)}
+    assert counter.waits == WAITS
+    (place,) = counter.places
+    assert place.startswith('dense_heads/dino_head.py')
+
+
+def test_a_padded_training_step_waits_once(model: DINO) -> None:
+    inputs, samples = make_samples((8, 3), sizes=((64, 96), (48, 64)))
+    model.zero_grad()
+    with OperatorCounter() as counter:
+        sum(model.loss(inputs, samples).values()).backward()
+    assert {kind: count for kind, count in counter.waits.items() if kind != LABEL_CHECK} == WAITS
+    (place,) = counter.places
+    assert place.startswith('task_modules/hungarian_matcher.py')
+
+
+@contextmanager
+def no_wait_but(owner: type, method: str) -> Iterator[list[int]]:
+    """Let a GPU refuse to be waited for, except in calls of ``owner.method``; counts these."""
+    original: Callable = getattr(owner, method)
+    calls = []
+
+    def wanted(*args, **kwargs):
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode('default')
+        result = original(*args, **kwargs)
+        torch.cuda.set_sync_debug_mode('error')
+        return result
+
+    with mock.patch.object(owner, method, wanted):
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            yield calls
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('sizes', [((64, 96), (64, 96)), ((64, 96), (48, 64))])
+def test_a_gpu_is_waited_for_once(sizes: tuple, tiny_cfg: Config) -> None:
+    """What torch itself finds, in a training step and in a detection; the counter finds the same."""
+    init_default_scope('mmdet')
+    model = MODELS.build(tiny_cfg).cuda()
+    inputs, samples = make_samples((3, 2), sizes=sizes)
+    inputs, samples = inputs.cuda(), [sample.cuda() for sample in samples]
+
+    def training_step() -> None:
+        sum(model.loss(inputs, samples).values()).backward()
+
+    @torch.no_grad()
+    def detection() -> None:
+        model.predict(inputs, samples)
+
+    for work in (training_step, detection):
+        model.train(work is training_step)
+        work()  # the first time, libraries are loaded and memory is taken
+        with no_wait_but(torch.Tensor, 'cpu') as calls:
+            work()
+        assert len(calls) == 1
+        with OperatorCounter(inputs.device) as counter:
+            work()
+        assert counter.num_waits == 1

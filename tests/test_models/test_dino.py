@@ -221,6 +221,25 @@ def test_autocast_keeps_boxes_and_losses_in_float32(dtype: torch.dtype, tiny_cfg
         assert value.item() == pytest.approx(full[name].item(), rel=0.1, abs=0.02), name
 
 
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@torch.no_grad()
+def test_a_trace_serves_other_sizes_and_batches(tiny_cfg: Config) -> None:
+    model = build(tiny_cfg).eval()
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return model.bbox_head(**model.forward_transformer(model.extract_feat(images)))
+
+    traced = torch.jit.trace(Network(), torch.randn(1, 3, 64, 96), check_trace=False)
+    for size in ((1, 64, 96), (1, 96, 128), (2, 80, 64)):
+        images = torch.randn(size[0], 3, *size[1:])
+        torch.testing.assert_close(traced(images), Network()(images), rtol=1e-5, atol=1e-5)
+
+
 class CountWaits(TorchDispatchMode):
     """Counts the operators at which a GPU would make the host wait."""
 

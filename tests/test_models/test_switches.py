@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from dino_mm.models import DINO
 from dino_mm.models.layers.attention import DeformableAttention
-from dino_mm.models.layers.tokens import valid_area
+from dino_mm.models.layers.tokens import measure_levels
 from dino_mm.models.structures import collate_targets
 from dino_mm.registry import MODELS
 
@@ -127,7 +127,7 @@ def test_geometry_and_losses_stay_float32_under_autocast(
         (model, 'pre_transformer'),
         (model, 'pre_decoder'),
         (model, 'forward_decoder'),
-        (model.bbox_head, 'predict_layer'),
+        (model.bbox_head, 'predict_layers'),
     ]
     for owner, method in parts:
         spy(owner, method)
@@ -141,7 +141,7 @@ def test_geometry_and_losses_stay_float32_under_autocast(
     (states,) = islands.pop('forward_decoder')
     islands['tokens'] = [tokens.positions, tokens.centers, tokens.levels.valid_ratios]
     islands['boxes'] = [selection.reference, selection.boxes, denoising.reference, *states.references]
-    islands['predict_layer'] = [tensor for prediction in islands['predict_layer'] for tensor in prediction]
+    (islands['predict_layers'],) = islands['predict_layers']
     islands['losses'] = list(losses.values())
     assert len(islands['sampling_locations']) == 1 + 2 + 2  # two are computed again for the gradients
     for name, tensors in islands.items():
@@ -276,7 +276,7 @@ def test_padding_to_a_fixed_size_is_masked(options: dict, training: bool, shape:
     inputs, samples = preprocess(options, training)
     boxes = [sample.gt_instances.bboxes for sample in samples]
     assert inputs.shape[-2:] == shape
-    (mask, coarse), sizes = valid_area([inputs, inputs[..., ::16, ::16]], samples)
+    _, (mask, coarse), sizes = measure_levels([inputs, inputs[..., ::16, ::16]], samples)
     assert torch.equal(mask, inputs[:, 0] == 0)  # every pixel of the images is 1, of the padding 0
     assert torch.equal(coarse, mask[:, ::16, ::16])
     assert sizes.tolist() == [[[96, 64], [6, 4]], [[64, 48], [4, 3]]]
@@ -330,4 +330,4 @@ def test_a_fixed_size_smaller_than_an_image_is_named() -> None:
     options = dict(batch_augments=[dict(type='mmdet.BatchFixedSizePad', size=(48, 128))])
     inputs, samples = preprocess(options, training=True)
     with pytest.raises(ValueError, match=r'image id 0 \(0\.jpg\) has 64 x 96 pixels .* 48 x 128\. .*`size` must be'):
-        valid_area([inputs], samples)
+        measure_levels([inputs], samples)

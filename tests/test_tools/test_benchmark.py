@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,14 @@ VALUES = torch.tensor([3.0, 1.0, 2.0])
         (lambda x: np.asarray(x), {'Tensor.numpy': 1}),
         (lambda x: x.cpu().numpy(), {'Tensor.cpu': 1}),
         (lambda x: (x.cpu(), x.cpu(), x.cpu().tolist()), {'Tensor.cpu': 3}),
+        (lambda x: x.cpu().to(x.device), {'Tensor.cpu': 1, 'Tensor.to': 1}),
+        (lambda x: torch.tensor([1, 2], device=x.device), {'torch.tensor': 1}),
+        (lambda x: torch.as_tensor([1, 2], device=x.device), {'torch.as_tensor': 1}),
+        (lambda x: x.new_tensor([1, 2]), {'Tensor.new_tensor': 1}),
+        (lambda x: torch.tensor([1, 2]).to(x), {'Tensor.to': 1}),
+        (lambda x: torch.from_numpy(np.ones(2)).to(x.device), {'Tensor.to': 1}),
+        (lambda x: torch.from_numpy(np.ones(2)).to(x.device, non_blocking=True), {}),
+        (lambda x: (torch.tensor([1, 2]).tolist(), x.new_full((2,), 1), x.to(x.device, torch.float64)), {}),
         (lambda x: F.one_hot(x.long(), 4).sum().item(), {LABEL_CHECK: 2, '_local_scalar_dense': 1}),
     ],
 )
@@ -87,6 +96,8 @@ def test_waits_are_counted(function, waits: dict) -> None:
         function(VALUES)
     assert counter.waits == waits
     assert counter.num_waits == sum(waits.values()) - waits.get(LABEL_CHECK, 0)
+    assert counter.places.total() == counter.num_waits
+    assert all(place.startswith('test_tools/test_benchmark.py:') for place in counter.places)
 
 
 def test_operators_of_both_passes_are_counted() -> None:
@@ -101,23 +112,40 @@ def test_operators_of_both_passes_are_counted() -> None:
     assert counter.waits == {}
 
 
-def test_copies_from_a_gpu_are_counted_once() -> None:
+def test_copies_from_and_to_a_gpu_are_counted_once() -> None:
     with FakeTensorMode():
-        x = torch.ones(3, device='cuda')
+        x, host = torch.ones(3, device='cuda'), torch.ones(3)
         with OperatorCounter(x.device) as counter:
             x.cpu()
             x.to('cpu')
             torch.empty(3).copy_(x)
-            torch.ones(3).to('cuda')
+            host.to('cuda')
+            x.clone().copy_(host)
+            torch.tensor([1.0], device='cuda')
+            x.new_tensor([1.0])
+            host.to('cuda', non_blocking=True)
+            x.clone().copy_(host, True)
+            torch.full((3,), 1.0, device='cuda')
             x * 2
-    assert counter.waits == {'copy to the host': 3}
+    assert counter.waits == {
+        'copy to the host': 3,
+        'copy from the host': 2,
+        'torch.tensor': 1,
+        'Tensor.new_tensor': 1,
+    }
 
 
 def test_methods_are_as_before_after_counting() -> None:
-    before = Tensor.cpu, Tensor.numpy, Tensor.tolist, F.one_hot, hungarian_matcher.assign
+    before = methods()
     with pytest.raises(ZeroDivisionError), OperatorCounter():
         _ = 1 / 0
-    assert before == (Tensor.cpu, Tensor.numpy, Tensor.tolist, F.one_hot, hungarian_matcher.assign)
+    assert before == methods()
+
+
+def methods() -> list[Callable]:
+    """What a counter replaces while it counts."""
+    of_tensors = [getattr(Tensor, name) for name in ('cpu', 'numpy', 'tolist', 'to', 'new_tensor')]
+    return [*of_tensors, torch.tensor, torch.as_tensor, torch.from_numpy, F.one_hot, hungarian_matcher.assign]
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='the resident set is read from /proc')

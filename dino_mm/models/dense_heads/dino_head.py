@@ -1,6 +1,8 @@
 """The head of DINO: class and box branches, losses, detections."""
 
 import copy
+from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ...ops.tracing import is_looked_into
+from ...ops.transfer import to_device
 from ..box_ops import refine_boxes
 from ..builder import refuse_unknown_keys
 from ..losses.set_criterion import LOSSES, SetCriterion
@@ -94,14 +98,16 @@ class DINOHead(BaseModule):
             Logits (num_layers, bs, num_queries, num_classes) and boxes (num_layers, bs, num_queries, 4), cxcywh in
             [0, 1] of the image without padding.
         """
-        layers = [self.predict_layer(i, state, references[i]) for i, state in enumerate(hidden_states)]
-        scores, boxes = zip(*layers, strict=True)
-        return torch.stack(scores), torch.stack(boxes)
+        return self.predict_layers(range(len(hidden_states)), hidden_states, references)
 
-    def predict_layer(self, layer: int, state: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of one layer; float32 or wider, so that losses and costs are, under autocast too."""
-        boxes = refine_boxes(self.reg_branches[layer](state), reference)
-        return self.cls_branches[layer](state).to(boxes.dtype), boxes
+    def predict_layers(
+        self, layers: Sequence[int], hidden_states: Tensor, references: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, of some layers; float32 or wider, so that losses and costs are, under autocast too."""
+        scores = torch.stack([self.cls_branches[i](hidden_states[i]) for i in layers])
+        deltas = torch.stack([self.reg_branches[i](hidden_states[i]) for i in layers])
+        boxes = refine_boxes(deltas, torch.stack([references[i] for i in layers]))
+        return scores.to(boxes.dtype), boxes
 
     def loss(
         self,
@@ -145,10 +151,9 @@ class DINOHead(BaseModule):
         rescale: bool = True,
     ) -> InstanceList:
         """Detections of each image, from the last decoder layer. See :meth:`predict_by_feat`."""
-        last = len(hidden_states) - 1
-        scores, boxes = self.predict_layer(last, hidden_states[last], references[last])
+        scores, boxes = self.predict_layers([len(hidden_states) - 1], hidden_states, references)
         img_metas = [sample.metainfo for sample in batch_data_samples]
-        return self.predict_by_feat(scores[None], boxes[None], img_metas, rescale)
+        return self.predict_by_feat(scores, boxes, img_metas, rescale)
 
     def predict_by_feat(
         self,
@@ -169,30 +174,45 @@ class DINOHead(BaseModule):
             For each image the ``max_per_img`` best pairs of query and class: ``bboxes`` (n, 4) xyxy in pixels, clipped
             to the image, those without area removed, ``scores`` (n,) descending, ``labels`` (n,).
         """
+        scores, boxes = all_layers_cls_scores[-1].sigmoid().flatten(1), all_layers_bbox_preds[-1]
+        best, index = scores.topk(min(self.max_per_img, scores.shape[1]))
+        boxes = boxes.gather(1, (index // self.num_classes)[..., None].expand(-1, -1, 4))
+        boxes = _to_pixels(bbox_cxcywh_to_xyxy(boxes), batch_img_metas, rescale)
+        kept = _indices((boxes[..., 2:] > boxes[..., :2]).all(-1))
         return [
-            self._detect(scores, boxes, img_meta, rescale)
-            for scores, boxes, img_meta in zip(
-                all_layers_cls_scores[-1], all_layers_bbox_preds[-1], batch_img_metas, strict=True
-            )
+            InstanceData(bboxes=b[i], scores=s[i], labels=c[i])
+            for i, b, s, c in zip(kept, boxes, best, index % self.num_classes, strict=True)
         ]
 
-    def _detect(self, scores: Tensor, boxes: Tensor, img_meta: dict, rescale: bool) -> InstanceData:
-        """Detections of one image from logits (num_queries, num_classes) and boxes (num_queries, 4)."""
-        probabilities = scores.sigmoid().flatten()
-        best, index = probabilities.topk(min(self.max_per_img, len(probabilities)))
-        boxes = bbox_cxcywh_to_xyxy(boxes[index // self.num_classes])
-        height, width = img_meta['img_shape'][:2]
-        boxes = boxes * boxes.new_tensor([width, height, width, height])
-        if rescale:
-            boxes = boxes / boxes.new_tensor(img_meta['scale_factor']).repeat(2)
-            height, width = img_meta['ori_shape'][:2]
-        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-        return InstanceData(
-            bboxes=boxes[has_area],
-            scores=best[has_area],
-            labels=(index % self.num_classes)[has_area],
-        )
+
+def _to_pixels(boxes: Tensor, img_metas: list[dict], rescale: bool) -> Tensor:
+    """Boxes (bs, num_detections, 4), xyxy, in [0, 1] to pixels; see :meth:`DINOHead.predict_by_feat`."""
+    shape_names = ['img_shape', 'ori_shape'] if rescale else ['img_shape']
+    tables = [[_width_first(meta[name][:2]) for meta in img_metas] for name in shape_names]
+    if rescale:
+        tables.append([(*meta['scale_factor'], *meta['scale_factor']) for meta in img_metas])
+    limits, *original = (table[:, None] for table in to_device(tables, boxes.device, boxes.dtype))
+    boxes = boxes * limits
+    if rescale:
+        limits, scales = original
+        boxes = boxes / scales
+    return boxes.clamp(min=0).minimum(limits)
+
+
+def _width_first(shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    height, width = shape
+    return width, height, width, height
+
+
+def _indices(masks: Tensor) -> Sequence[Tensor | EllipsisType]:
+    """What picks out each image's detections where ``masks`` (bs, num_detections) is True: `...` if it is everywhere.
+
+    Reading the masks is the one point of a detection at which the host waits for the device.
+    """
+    if is_looked_into():  # a trace's detections may be others than those of the images it is made with
+        return list(masks)
+    rows = masks.cpu().numpy()
+    return [...] * len(rows) if rows.all() else to_device([row.nonzero()[0] for row in rows], masks.device)
 
 
 def layer_names(num_layers: int) -> list[str]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load, loading
+from ...ops.half_weights import call_with_half_weights
+from ..backbones.frozen_norm import use_frozen_norms
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
 from ..layers.denoising import CDNGenerator
@@ -95,6 +97,7 @@ class DINO(DetectionTransformer):
         self._check_neck(neck.get('num_outs', num_feature_levels), neck.get('out_channels', embed_dims))
 
         self.backbone = build_part('backbone', backbone)
+        use_frozen_norms(self.backbone)
         self.neck = build_part('neck', neck)
         self.channels_last = channels_last
         if channels_last:
@@ -171,7 +174,7 @@ class DINO(DetectionTransformer):
         """The neck's feature maps (bs, dim, height, width) of a batch of images (bs, 3, height, width)."""
         if self.channels_last:
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
-        return super().extract_feat(batch_inputs)
+        return call_with_half_weights(self.neck, call_with_half_weights(self.backbone, batch_inputs))
 
     def forward_transformer(
         self,

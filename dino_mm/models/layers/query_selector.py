@@ -72,13 +72,20 @@ class EncoderQuerySelector(BaseModule):
     def content(self, boxes: Tensor) -> Tensor:
         """Content queries (bs, num_queries, dim) for the selected ``boxes`` (bs, num_queries, 4), detached."""
 
+    def select(self, scores: Tensor) -> Tensor:
+        """Which tokens become queries, (bs, num_queries) int64, from ``scores`` (bs, num_tokens); the best comes first.
+
+        Ranks count, as each may have a content of its own: where scores differ by less than their rounding, another
+        device may give other results.
+        """
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+
     def forward(self, memory: Tensor, tokens: Tokens, cls_branch: nn.Module, reg_branch: nn.Module) -> QuerySelection:
         """Select queries from ``memory`` (bs, num_tokens, dim) with the head's encoder branches."""
         proposals, valid = encoder_proposals(tokens)
         features = self.memory_trans_norm(self.memory_trans_fc(memory.masked_fill(~valid, 0.0)))
         scores = cls_branch(features)
-        count = min(self.num_queries, scores.shape[1])
-        best = scores.max(-1).values.topk(count, dim=1).indices[..., None]
+        best = self.select(scores.max(-1).values)[..., None]
 
         features = features.gather(1, best.expand(-1, -1, features.shape[-1]))
         boxes = (reg_branch(features) + proposals.gather(1, best.expand(-1, -1, 4))).sigmoid()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from ...ops.transfer import to_device
 from ..structures import FeatureLevels, Tokens, name_image
 
 
@@ -24,26 +25,16 @@ def flatten_levels(
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
     """
-    masks, valid_sizes = valid_area(feats, samples)
+    levels, masks, valid_sizes = measure_levels(feats, samples)
     positions = [
         positional_encoding(mask, input=feat).to(level_embed).flatten(2).transpose(1, 2) + embed
         for feat, mask, embed in zip(feats, masks, level_embed, strict=True)
     ]
-    shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
-    shape_tensor = torch.tensor(shapes, device=level_embed.device)
-    sizes = shape_tensor.flip(-1)
-    levels = FeatureLevels(
-        shapes=shapes,
-        shape_tensor=shape_tensor,
-        start_index=shape_tensor.prod(1).cumsum(0) - shape_tensor.prod(1),
-        sizes=sizes,
-        valid_ratios=valid_sizes / sizes,
-    )
     return Tokens(
         features=torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], 1),
         positions=torch.cat(positions, 1),
         centers=torch.cat(
-            [token_centers(shape, size) for shape, size in zip(shapes, valid_sizes.unbind(1), strict=True)],
+            [token_centers(shape, size) for shape, size in zip(levels.shapes, valid_sizes.unbind(1), strict=True)],
             1,
         ),
         padding_mask=None if masks[0] is None else torch.cat([m.flatten(1) for m in masks if m is not None], 1),
@@ -51,28 +42,41 @@ def flatten_levels(
     )
 
 
-def valid_area(feats: Sequence[Tensor], samples: Sequence[DetDataSample]) -> tuple[Sequence[Tensor | None], Tensor]:
-    """Where the feature maps are image and where padding.
+def measure_levels(
+    feats: Sequence[Tensor], samples: Sequence[DetDataSample]
+) -> tuple[FeatureLevels, Sequence[Tensor | None], Tensor]:
+    """Geometry of the feature maps, and where they are image and where padding.
 
     Args: as :func:`flatten_levels`.
 
     Returns:
-        For each map a mask (bs, height, width), True on padding, or None for all if no image is padded; and
+        The levels; for each a mask (bs, height, width), True on padding, or None for all if no image is padded; and
         (bs, num_levels, 2) float32, columns and rows of each map that are image.
 
     Raises:
         ValueError: An image is larger than the batch that ``batch_input_shape`` states.
     """
-    shapes = [feat.shape[-2:] for feat in feats]
-    device = feats[0].device
-    if not _are_padded(samples):
-        sizes = torch.tensor(shapes, dtype=torch.float32, device=device).flip(-1)
-        return [None] * len(feats), sizes.expand(len(feats[0]), -1, -1)
-    image_shapes = torch.tensor([sample.img_shape[:2] for sample in samples], device=device)
+    shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
+    starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
+    tables: list = [shapes, starts, [(width, height) for height, width in shapes]]
+    if _are_padded(samples):
+        tables.append([sample.img_shape[:2] for sample in samples])
+    shape_tensor, start_index, sizes, *image_shapes = to_device(tables, feats[0].device)
+    masks: Sequence[Tensor | None] = [None] * len(feats)
+    valid_sizes = sizes.float().expand(feats[0].shape[0], -1, -1)
+    if image_shapes:
+        masks, valid_sizes = _valid_area(shapes, image_shapes[0], samples[0].batch_input_shape)
+    return FeatureLevels(shapes, shape_tensor, start_index, sizes, valid_sizes / sizes), masks, valid_sizes
+
+
+def _valid_area(
+    shapes: Sequence[tuple[int, int]], image_shapes: Tensor, batch_shape: tuple[int, int]
+) -> tuple[list[Tensor], Tensor]:
+    """Masks and sizes as of :func:`measure_levels`, of images of ``image_shapes`` (bs, 2), (height, width)."""
     # Padding is a band at the bottom and one at the right: a mask of the rows and one of the columns say it all.
     rows, columns = (
-        (torch.arange(length, device=device) >= valid[:, None]).float()[:, None]
-        for length, valid in zip(samples[0].batch_input_shape, image_shapes.unbind(1), strict=True)
+        (torch.arange(length, device=image_shapes.device) >= valid[:, None]).float()[:, None]
+        for length, valid in zip(batch_shape, image_shapes.unbind(1), strict=True)
     )
     level_rows = [F.interpolate(rows, size=height)[:, 0].bool() for height, _ in shapes]
     level_columns = [F.interpolate(columns, size=width)[:, 0].bool() for _, width in shapes]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
+from ...ops.half_weights import call_with_half_weights
 from ...ops.recomputation import is_cheaper_to_compute_again
 from ..box_ops import encode_boxes, refine_boxes
 from ..structures import DecoderStates, FeatureLevels, Tokens
@@ -40,8 +41,8 @@ def check_num_cp(num_cp: int, num_layers: int) -> int:
 def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
     """Call ``layer``; with ``recompute``, keep only its inputs and compute the rest again for the gradients."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)
-    return layer(*args)
+        return checkpoint(call_with_half_weights, layer, *args, use_reentrant=False)
+    return call_with_half_weights(layer, *args)
 
 
 def run_ffn(ffn: FFN, query: Tensor, recompute: bool = False) -> Tensor:

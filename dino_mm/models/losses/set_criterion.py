@@ -78,7 +78,7 @@ class SetCriterion(nn.Module):
         positives = _positives(decoder.boxes[:, :, :num_dn], targets, num_dn_groups)
         box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets)
 
-        num_boxes = reduce_mean(boxes.new_tensor(targets.total)).clamp(min=1)
+        num_boxes = reduce_mean(boxes.new_full((), targets.total)).clamp(min=1)
         num_dn_boxes = num_boxes * max(num_dn_groups, 1)  # every group restores all objects
         return (
             torch.cat([loss_cls[None], box_losses]) / num_boxes,

@@ -8,6 +8,7 @@ from torch import Tensor
 from dino_mm.registry import TASK_UTILS
 
 from ...ops.assignment import NotFiniteError, assign
+from ...ops.transfer import to_device
 from ..box_ops import corners, generalized_iou
 from ..structures import Targets, describe_unusable_targets
 
@@ -69,7 +70,7 @@ class HungarianMatcher:
             match = assign(costs, targets.counts)
         except NotFiniteError as error:
             raise _not_finite(error.layer, error.image, targets, scores[0].shape[-1]) from None
-        return torch.from_numpy(match).to(boxes.device, non_blocking=True)
+        return to_device([match], boxes.device)[0]
 
     def cost(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
         """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
