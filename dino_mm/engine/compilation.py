@@ -13,9 +13,9 @@ from dino_mm.registry import HOOKS
 
 from ..models.detectors.dino import DINO
 
-#: Names of a backbone's stages in all families: of ResNet, timm, Swin, InternImage; a plain transformer's blocks.
-STAGE = re.compile(r'(^|\.)(layer|(stages|layers|blocks)\.)\d+$')
-
+#: Names of a backbone's parts that are compiled: attention in windows and networks of a Swin, whose stages torch works
+#: on for minutes where sizes are symbols; stages of ResNet, timm, InternImage; blocks of a plain transformer.
+PARTS = (r'\.(w_msa|ffn)$', r'(^|\.)(layer|(stages|layers|blocks)\.)\d+$')
 #: Graphs of one function beyond which torch runs it as ever.
 RECOMPILE_LIMIT = 64
 
@@ -46,16 +46,16 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
         _begin_steps(model)
     else:
         options = dict(dynamic=True) | options
-        parts = [*stages(model.backbone), *model.encoder.layers, *model.decoder.layers]
+        parts = [*backbone_parts(model.backbone), *model.encoder.layers, *model.decoder.layers]
     for part in parts:
         part.compile(**options)
 
 
-def stages(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The stages of a backbone, outermost ones only; the backbone itself if none has a name that is known."""
-    names = [name for name, _ in backbone.named_modules() if STAGE.search(name)]
-    outermost = [name for name in names if not any(name.startswith(f'{other}.') for other in names)]
-    return map(backbone.get_submodule, outermost or [''])
+def backbone_parts(backbone: nn.Module) -> Iterator[nn.Module]:
+    """See ``PARTS``: outermost ones only; the backbone itself if none has a name that is known."""
+    of_patterns = ([name for name, _ in backbone.named_modules() if re.search(part, name)] for part in PARTS)
+    names = next(filter(None, of_patterns), [''])
+    return (backbone.get_submodule(name) for name in names if not any(name.startswith(f'{other}.') for other in names))
 
 
 def _begin_steps(model: DINO) -> None:
