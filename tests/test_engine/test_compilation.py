@@ -220,3 +220,8 @@ def test_training_with_cuda_graphs_is_refused(data: Path, tmp_path: Path) -> Non
 def test_mmengines_own_compilation_is_refused(tmp_path: Path) -> None:
     done = python('tools/train.py', CONFIG, '--work-dir', tmp_path, *options({'compile': True}), status=1)
     assert done.stderr.splitlines()[-1].startswith('error: `compile` of the config would compile a training step')
+
+
+def test_the_benchmark_compiles_whole_steps_only() -> None:
+    done = python('tools/benchmark.py', '--compile', '--component', status=1)
+    assert done.stderr.splitlines()[-1] == 'error: --compile measures whole steps, not --component.'
