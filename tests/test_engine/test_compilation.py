@@ -98,6 +98,7 @@ def test_detections_of_all_sizes_are_the_same(tiny_cfg: Config) -> None:
     assert not counters['graph_break']
 
 
+@pytest.mark.slow
 def test_recomputed_layers_and_the_compiler_of_gradients(tiny_cfg: Config) -> None:
     tiny_cfg.encoder.num_cp = tiny_cfg.decoder.num_cp = 1
     plain = build(tiny_cfg)
@@ -106,6 +107,7 @@ def test_recomputed_layers_and_the_compiler_of_gradients(tiny_cfg: Config) -> No
     torch.testing.assert_close(training_step(model, SIZES[0]), training_step(plain, SIZES[0]), rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_half_precision(tiny_cfg: Config) -> None:
     """Half precision goes into the layers and into their graphs; rounding is the same."""
     plain = build(tiny_cfg).float()

@@ -288,7 +288,7 @@ def test_config_is_left_as_it_was(case):
     assert list(first) == list(second)
 
 
-@pytest.mark.parametrize('mode', [False, True])
+@pytest.mark.parametrize('mode', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(case, mode):
     """As a whole, in evaluation and in training."""
     torch._dynamo.reset()
