@@ -86,6 +86,14 @@ def parse_args() -> argparse.Namespace:
             f'--{name}', type=int, default=default, help=text if default is None else f'{text} (%(default)s)'
         )
     parser.add_argument('--dtype', choices=DTYPES, default='float32', help='half types run under autocast')
+    parser.add_argument(
+        '--compile',
+        nargs='?',
+        choices=['parts', 'cuda-graphs'],
+        const='parts',
+        default='',
+        help='compile ours as tools/test.py does; whole steps only, and CUDA graphs for inference only',
+    )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument('--component', nargs='*', choices=COMPONENTS, help='measure parts; all, if none is named')
@@ -219,7 +227,8 @@ def table(result: dict[str, Any], repeats: int) -> str:
     lines = [
         f'{setting["config"]}: {setting["batch"]} images of {setting["height"]}x{setting["width"]}, '
         f'{setting["boxes"]} boxes each, {setting["decoder_queries"]} queries in training,',
-        f'{setting["dtype"]} on {setting["device"]}, {setting["threads"]} threads; medians of {repeats} pairs of runs; '
+        f'{setting["dtype"]} on {setting["device"]}{", ours compiled" * bool(setting["compile"])}, '
+        f'{setting["threads"]} threads; medians of {repeats} pairs of runs; '
         f'the scores of both differ by {result["largest_difference_of_scores"]:.1e} at most',
         f'{"":<44} {"ours":>10} {"mmdet":>10}     {"ratio":>5}  range',
     ]
@@ -320,6 +329,10 @@ def run_data(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """Measure and print every setting."""
     works = WHOLE if args.component is None else args.component or COMPONENTS
+    if args.compile and args.component is not None:
+        raise RuntimeError('--compile measures whole steps, not --component.')
+    if args.compile == 'cuda-graphs':
+        works = WHOLE[:1]
     results = []
     for point in points(setting, args.sweep):
         if results and point.setting == setting:  # the stated one is on the axes too, and measured already

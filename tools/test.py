@@ -11,7 +11,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
-from dino_mm.engine.launch import add_common_arguments, build_runner, ends_cleanly, load_config
+from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +26,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', help='write the images with their detections into this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
     parser.add_argument('--tta', action='store_true', help="test-time augmentation with the config's `tta_pipeline`")
+    parser.add_argument(
+        '--compile',
+        nargs='?',
+        choices=['parts', 'cuda-graphs'],
+        const='parts',
+        help='compile the detector part by part for all sizes (the default), or for each size, to run as CUDA graphs',
+    )
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out writes a .pkl file, not {args.out}')
@@ -66,6 +73,8 @@ def main() -> None:
         config = trigger_visualization_hook(config, args)
     if args.tta:
         enable_tta(config)
+    if args.compile:
+        add_compile_hook(config, cuda_graphs=args.compile == 'cuda-graphs')
     runner = build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

@@ -8,7 +8,7 @@ import dino_mm  # noqa: F401  (first, for it says what does not fit)
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
-from dino_mm.engine.launch import add_common_arguments, build_runner, ends_cleanly, load_config
+from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -16,6 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument('--compile', action='store_true', help='compile backbone, encoder and decoder part by part')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
         '--resume', nargs='?', const='auto', help='resume from a checkpoint, or from the latest in the work directory'
@@ -28,6 +29,8 @@ def apply_training_arguments(config: Config, args: argparse.Namespace) -> str | 
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.compile:
+        add_compile_hook(config)
     if args.auto_scale_lr:
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):
             raise SystemExit(f'--auto-scale-lr: {config.filename} has no `auto_scale_lr.base_batch_size`.')

@@ -19,6 +19,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dino_mm.engine.compilation import compile_detector
 from dino_mm.models.structures import collate_targets
 from dino_mm.registry import MODELS
 from dino_mm.shipped import cfg as shipped_config
@@ -58,6 +59,7 @@ class Setting:
         queries: Matching queries; None is the config's number.
         threads: Threads of torch.
         dtype: Name in ``DTYPES``; the two half types by autocast.
+        compile: Compile ours: 'parts' or 'cuda-graphs', see :func:`compile_detector`; '' does not.
         device: Device, as torch names it.
         seed: Seed of weights, images, boxes and noise.
     """
@@ -71,6 +73,7 @@ class Setting:
     queries: int | None = None
     threads: int = 2
     dtype: str = 'float32'
+    compile: str = ''
     device: str = 'cpu'
     seed: int = 0
 
@@ -187,6 +190,9 @@ class Side:
         self.device = torch.device(setting.device)
         self.seed = setting.seed
         self.model = build_side(side, setting).to(self.device)
+        self.is_compiled = bool(setting.compile) and side == 'ours'
+        if self.is_compiled:
+            compile_detector(self.model, cuda_graphs=setting.compile == 'cuda-graphs')
         self.autocast = (lambda: torch.autocast(self.device.type, dtype)) if half else nullcontext
         self.inputs, self.samples = make_batch(setting, self.model.bbox_head.num_classes)
         self.parts = (our_parts if side == 'ours' else mmdet_parts)(self)
@@ -226,6 +232,8 @@ class Side:
     def memory(self, name: str) -> int | None:
         """Peak memory of a work, bytes above what was in use before; gradients of parameters are part of it."""
         self.work(name)  # its inputs are there before
+        if self.is_compiled:
+            self._run(name, lambda phase: nullcontext())  # the compiler's own memory does not count
         with PeakMemory(self.device) as peak:
             self._run(name, lambda phase: nullcontext())
         return peak.bytes

@@ -1,6 +1,7 @@
-"""What the command-line tools share, optimizer groups, loading through the runner, and loops that resume exactly."""
+"""What the command-line tools share: compilation, optimizer groups, loading by the runner, loops that resume."""
 
 from .check_hook import CheckRunHook
+from .compilation import CompileHook, compile_detector
 from .load_checkpoint_hook import LoadCheckpointHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
@@ -8,9 +9,11 @@ from .visualization_hook import DetVisualizationHook
 
 __all__ = [
     'CheckRunHook',
+    'CompileHook',
     'DetVisualizationHook',
     'EpochBasedTrainLoop',
     'IterBasedTrainLoop',
     'LoadCheckpointHook',
     'ParamGroupConstructor',
+    'compile_detector',
 ]

@@ -5,11 +5,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from mmdet.utils import setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -56,11 +57,23 @@ def load_config(args: argparse.Namespace) -> Config:
     return config
 
 
+def add_compile_hook(config: Config, **options: Any) -> None:
+    """Have the detector compiled; what the config's own ``default_hooks.compile`` says counts more."""
+    hooks = config.setdefault('default_hooks', ConfigDict())
+    hooks.compile = dict(type='dino_mm.CompileHook') | options | dict(hooks.get('compile') or {})
+
+
 def build_runner(config: Config) -> Runner:
     """Build the runner of a config, with gloo where there is no GPU, and with the hooks that our tools rely on.
 
-    Without :class:`LoadCheckpointHook`, mmengine runs the config inside a checkpoint.
+    Without :class:`LoadCheckpointHook`, mmengine runs the config inside a checkpoint. mmengine's own ``compile`` is
+    refused: it is for training steps as wholes, whose assignments the host solves.
     """
+    if config.get('compile'):
+        raise SystemExit(
+            "error: `compile` of the config would compile a training step as one, which DINO's matching breaks into "
+            "pieces. Use --compile, or `default_hooks = dict(compile=dict(type='dino_mm.CompileHook'))`."
+        )
     setup_cache_size_limit_of_dynamo()
     if config.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(config)

@@ -13,6 +13,7 @@ from .layers.transformer import DINODecoder, DINOEncoder
 from .losses.focal_loss import FocalLoss
 from .losses.giou_loss import NormalizedGIoULoss
 from .losses.set_criterion import SetCriterion
+from .size_buckets import PadToBuckets
 from .task_modules.hungarian_matcher import HungarianMatcher
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     'LearnedQueries',
     'MixedQuerySelector',
     'NormalizedGIoULoss',
+    'PadToBuckets',
     'PureQuerySelector',
     'SetCriterion',
     'SimpleFeaturePyramid',

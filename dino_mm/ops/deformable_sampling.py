@@ -9,16 +9,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from mmcv.ops import get_compiling_cuda_version
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
-from .sparse_sampling import SparseSampling
-from .tracing import is_looked_into
+from . import sampling_operator
 
 #: The environment variable that chooses a back-end; :func:`use_backend` does so in code.
 VARIABLE = 'DINO_MM_DEFORMABLE'
-#: Images that mmcv's CUDA op takes at once; its default.
-IM2COL_STEP = 64
 
 
 class Levels(Protocol):
@@ -37,13 +34,9 @@ class Levels(Protocol):
         """(num_levels,) int64, index of each level's first token, on the device."""
 
 
-def by_mmcv(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """See :func:`sample_levels`: mmcv's compiled operator."""
-    if not locations.shape[1]:  # CUDA starts no kernel for no query
-        return by_pytorch(value, locations, weights, levels)
-    return MultiScaleDeformableAttnFunction.apply(
-        value, levels.shape_tensor, levels.start_index, locations, weights, IM2COL_STEP
-    )
+def by_operator(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """See :func:`sample_levels`: an operator of torch for mmcv's kernels on a GPU, the sparse product on a CPU."""
+    return sampling_operator.sample(value, levels.shape_tensor, levels.start_index, locations, weights)
 
 
 def by_deformops(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
@@ -53,11 +46,6 @@ def by_deformops(value: Tensor, locations: Tensor, weights: Tensor, levels: Leve
     if not locations.shape[1]:  # its Triton code has no gradient then
         return by_pytorch(value, locations, weights, levels)
     return msda(value, levels.shape_tensor, levels.start_index, locations, weights)
-
-
-def by_sparse_product(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """See :func:`sample_levels`: :class:`SparseSampling`."""
-    return SparseSampling.apply(value, locations, weights, levels.shapes)
 
 
 def by_pytorch(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
@@ -81,7 +69,7 @@ HALF, FULL = (torch.float16, torch.bfloat16), (torch.float32, torch.float64)
 #: By name; without a choice, the first one runs that is here and is for the values' device and precision.
 BACKENDS = {
     'mmcv': Backend(
-        by_mmcv,
+        by_operator,
         ('cuda',),
         (torch.float16, *FULL),
         get_compiling_cuda_version() != 'not available',
@@ -94,7 +82,7 @@ BACKENDS = {
         importlib.util.find_spec('deformops') is not None,
         'needs deformops: `pip install deformops`, on Python 3.12 or newer with torch 2.11 or newer',
     ),
-    'sparse': Backend(by_sparse_product, ('cpu',), FULL, True, 'comes with dino_mm'),
+    'sparse': Backend(by_operator, ('cpu',), FULL, True, 'comes with dino_mm'),
     'pytorch': Backend(by_pytorch, ('cpu', 'cuda'), (*HALF, *FULL), True, 'comes with dino_mm'),
 }
 _chosen: str | None = None
@@ -158,7 +146,8 @@ def warn_of_plain_code() -> None:
 def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
     """Weighted sum of bilinear samples, by the back-end of :func:`backend_for`.
 
-    On a CPU, mmcv's PyTorch code serves to compile, trace and export, as it does on the meta device.
+    Compiled and exported programs have the back-end as one operator; traces, which are for other libraries, have the
+    operators of mmcv's PyTorch code, and so has whatever runs on the meta device.
 
     Args:
         value: (bs, num_tokens, num_heads, dim / num_heads); 0 is read outside of a level.
@@ -169,7 +158,7 @@ def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Lev
     Returns:
         (bs, num_queries, dim).
     """
-    if value.is_meta or (value.is_cpu and is_looked_into()):
+    if value.is_meta or torch.jit.is_tracing():
         return by_pytorch(value, locations, weights, levels)
     name = backend_for(value.device.type, value.dtype)
     if name == 'pytorch' and value.is_cuda and _chosen is None:

@@ -3,19 +3,22 @@
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse import csc_array
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # torch warns once per process that its CSR layout is in beta, which no user can act on: the warning is spent here.
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
+
+
+#: (height, width) of each level.
+Shapes = tuple[tuple[int, int], ...]
 
 
 class Geometry(NamedTuple):
@@ -37,8 +40,7 @@ class Geometry(NamedTuple):
     """(num_samples,) int32, from a pixel to the one below it."""
     start: Tensor
     """(bs, 1, num_samples) int32, the first pixel of each sample's image, head and level."""
-    shapes: tuple[tuple[int, int], ...]
-    """(height, width) of each level."""
+    shapes: Shapes
     first_pixels: list[int]
     """The upper left pixel of each level."""
     num_pixels: int
@@ -70,51 +72,42 @@ class Matrix(NamedTuple):
     """(num_entries,), the share of the pixel times the weight of the sample."""
 
 
-class SparseSampling(torch.autograd.Function):
-    """The samples as product of a sparse matrix and the values.
+def sample(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """See :func:`~dino_mm.ops.deformable_sampling.sample_levels`: the samples as product of a sparse matrix and values.
 
-    The gradient of the values is the transposed product with the output's gradient; that of an entry of the matrix is
-    the dot product of the row of gradients and the row of values that meet there. So no sampled value is ever stored,
-    and for the backward pass only where the samples are. Head after head, for a CPU's caches hold the values of one.
+    No sampled value is ever stored. Head after head, for a CPU's caches hold the values of one.
     """
+    geometry, values, samples = prepare(value, locations, shapes)
+    starts, columns, entries = make_matrix(samples, weights, geometry)
+    output = F.embedding_bag(columns, values, starts, mode='sum', per_sample_weights=entries, include_last_offset=True)
+    return by_query(output, weights, values.shape[1]).flatten(2)
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[tuple[int, int], ...]
-    ) -> Tensor:
-        """See :func:`~dino_mm.ops.deformable_sampling.sample_levels`."""
-        ctx.geometry = geometry = make_geometry(shapes, len(value), *locations.shape[2:5:2], locations.dtype)
-        values, samples = pad_levels(value, geometry), find_samples(locations, geometry)
-        ctx.save_for_backward(values, *samples, weights)
-        starts, columns, entries = make_matrix(samples, weights, geometry)
-        output = F.embedding_bag(
-            columns, values, starts, mode='sum', per_sample_weights=entries, include_last_offset=True
-        )
-        return by_query(output, weights, values.shape[1]).flatten(2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of value, locations and weights."""
-        # Read once only: what a checkpoint has computed again is handed out once.
-        (values, *places, weights), geometry = ctx.saved_tensors, ctx.geometry
-        samples = Samples(*places)
-        matrix = make_matrix(samples, weights, geometry)
-        bs, num_queries, num_heads, *_ = weights.shape
-        grad = grad.view(bs, num_queries, num_heads, values.shape[1]).transpose(1, 2).flatten(0, 2)
-        grad_values = transposed_product(matrix, grad, len(values))
-        grad_entries = entry_grads(matrix, values, grad)  # overwrites the entries
-        return (
-            take_levels(grad_values, geometry, bs),
-            *sample_grads(grad_entries, samples, weights, geometry),
-            None,
-        )
+def gradients(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights from that of the output, (bs, num_queries, dim).
+
+    That of the values is the transposed product with the output's gradient; that of an entry of the matrix is the dot
+    product of the row of gradients and the row of values that meet there. The samples are found anew.
+    """
+    geometry, values, samples = prepare(value, locations, shapes)
+    matrix = make_matrix(samples, weights, geometry)
+    bs, num_queries, num_heads, *_ = weights.shape
+    grad = grad.reshape(bs, num_queries, num_heads, values.shape[1]).transpose(1, 2).flatten(0, 2)
+    grad_values = transposed_product(matrix, grad, len(values))
+    grad_entries = entry_grads(matrix, values, grad)  # overwrites the entries
+    return (take_levels(grad_values, geometry, bs), *sample_grads(grad_entries, samples, weights, geometry))
+
+
+def prepare(value: Tensor, locations: Tensor, shapes: Shapes) -> tuple[Geometry, Tensor, Samples]:
+    """What both passes need: the geometry, the values as :func:`pad_levels` has them, and where the samples are."""
+    geometry = make_geometry(shapes, len(value), *locations.shape[2:5:2], locations.dtype)
+    return geometry, pad_levels(value, geometry), find_samples(locations, geometry)
 
 
 @lru_cache(maxsize=16)
-def make_geometry(
-    shapes: tuple[tuple[int, int], ...], bs: int, num_heads: int, num_points: int, dtype: torch.dtype
-) -> Geometry:
+def make_geometry(shapes: Shapes, bs: int, num_heads: int, num_points: int, dtype: torch.dtype) -> Geometry:
     """Geometry of levels with these shapes, (height, width), for locations of type ``dtype``.
 
     The host makes it, many tiny steps, once for all layers.
@@ -248,8 +241,8 @@ def transposed_product(matrix: Matrix, grad: Tensor, num_columns: int) -> Tensor
 
     torch would sort the entries first, which takes twenty times as long as the product; scipy just adds row to row.
     """
-    starts, columns, entries = (x.numpy() for x in matrix)
-    return torch.from_numpy(csc_array((entries, columns, starts), shape=(num_columns, len(grad))) @ grad.numpy())
+    starts, columns, entries, rows = map(np.from_dlpack, (*matrix, grad))
+    return torch.from_numpy(csc_array((entries, columns, starts), shape=(num_columns, len(rows))) @ rows)
 
 
 def entry_grads(matrix: Matrix, values: Tensor, grad: Tensor) -> Tensor:
@@ -271,4 +264,5 @@ def sample_grads(grad_entries: Tensor, samples: Samples, weights: Tensor, geomet
     ])  # fmt: skip
     by_pixel *= weights.flatten(3)
     grad_locations = by_pixel.flatten(3).mul_(geometry.last).movedim(0, -1)
-    return grad_locations.view(*weights.shape, 2), torch.lerp(in_upper, in_lower, below).view(weights.shape)
+    grad_weights = torch.lerp(in_upper, in_lower, below)
+    return grad_locations.reshape(*weights.shape, 2).contiguous(), grad_weights.view(weights.shape).contiguous()

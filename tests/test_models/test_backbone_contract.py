@@ -286,3 +286,13 @@ def test_config_is_left_as_it_was(case):
     first, second = MODELS.build(cfg).state_dict(), MODELS.build(cfg).state_dict()
     assert cfg == case.config()
     assert list(first) == list(second)
+
+
+@pytest.mark.parametrize('mode', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(case, mode):
+    """As a whole, in evaluation and in training."""
+    torch._dynamo.reset()
+    backbone = case.build().train(mode)
+    found = torch._dynamo.explain(backbone)(image(64, 96))
+    torch._dynamo.reset()
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

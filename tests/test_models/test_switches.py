@@ -1,6 +1,7 @@
 """Switches of speed and memory: they change no numbers, or by a stated amount, and do what they promise."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import make_samples
 from mmdet.models import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import pad
 
@@ -227,6 +228,45 @@ def test_images_of_all_sizes_share_one_graph_in_batches_of_a_fixed_size(tiny_cfg
             )
             graphs.append(counter.frame_count)
     assert graphs == [1, 2, 2, 2]
+
+
+class Detector(nn.Module):
+    """From images of one size to the decoder's output and boxes."""
+
+    def __init__(self, model: DINO) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model.forward_transformer(self.model.extract_feat(inputs))
+        return output['hidden_states'], output['references'][-1]
+
+
+def test_a_detector_is_exported_for_all_sizes(tiny_cfg: Config) -> None:
+    """With deformable sampling as one operator a layer."""
+    detector = Detector(build(tiny_cfg).eval())
+    height, width = (32 * torch.export.Dim(name, min=2, max=8) for name in ('rows', 'columns'))
+    with torch.no_grad():
+        inputs = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+        program = torch.export.export(detector, (inputs,), dynamic_shapes=({2: height, 3: width},))
+        names = [str(node.target) for node in program.graph.nodes if node.op == 'call_function']
+        assert names.count('dino_mm.sample_levels.default') == 1 + 2
+        assert not any('grid_sampler' in name for name in names)
+        for size in ((64, 96), (128, 64), (160, 224)):
+            inputs = torch.randn(2, 3, *size, dtype=torch.float64)
+            torch.testing.assert_close(program.module()(inputs), detector(inputs), rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_detector_is_compiled_ahead_of_time(tiny_cfg: Config, tmp_path: Path) -> None:
+    detector = Detector(build(tiny_cfg).eval())
+    inputs = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(detector, (inputs,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'detector.pt2'))
+        loaded = torch._inductor.aoti_load_package(path)
+        for example in (inputs, torch.randn_like(inputs)):
+            torch.testing.assert_close(tuple(loaded(example)), detector(example), rtol=0, atol=1e-8)
 
 
 # Memory format
