@@ -78,18 +78,22 @@ def test_a_training_step_is_autocasts(num_cp: int, monkeypatch: pytest.MonkeyPat
     """Recomputed layers too."""
     cfg = tiny_model_cfg()
     cfg.encoder.num_cp = cfg.decoder.num_cp = num_cp
-    half = training_step(cfg)
+    half, casts = training_step(cfg)
     for module in (dino, transformer):
         monkeypatch.setattr(module, 'call_with_half_weights', lambda part, *args: part(*args))
-    torch.testing.assert_close(half, training_step(cfg), rtol=0, atol=0)
+    plain, none = training_step(cfg)
+    torch.testing.assert_close(half, plain, rtol=0, atol=0)
+    # Backbone, neck, a layer of the encoder, two of the decoder.
+    assert (casts, none) == (5, 0)
 
 
-def training_step(cfg: dict) -> dict[str, Tensor]:
-    """Losses and gradients under autocast."""
+def training_step(cfg: dict) -> tuple[dict[str, Tensor], int]:
+    """Losses and gradients under autocast, and how often the forward pass casts many tensors at once."""
     torch.manual_seed(0)
     model: DINO = MODELS.build(cfg)
     inputs, samples = make_samples((2, 1), sizes=((64, 96), (48, 64)))
-    with torch.autocast('cpu', torch.bfloat16):
+    with OperatorCounter() as counter, torch.autocast('cpu', torch.bfloat16):
         losses = model.loss(inputs, samples)
     sum(losses.values()).backward()
-    return {**{k: v.detach() for k, v in losses.items()}, **{k: p.grad for k, p in model.named_parameters()}}
+    found = {k: v.detach() for k, v in losses.items()} | {k: p.grad for k, p in model.named_parameters()}
+    return found, counter.calls['_foreach_copy_']
