@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -327,9 +328,14 @@ def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str,
 
 
 def run_memory(setting: Setting, gpu_bytes: int) -> dict[str, Any]:
-    """Estimate the memory of training, print the table."""
-    rows = list(memory.estimate(setting, gpu_bytes))
-    print(memory.table(setting, rows, gpu_bytes))
+    """Estimate the memory of training, print the table as it goes."""
+    print(memory.heading(setting, gpu_bytes))
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmdet's ResNet leaves an argument of checkpointing out
+        for row in memory.estimate(setting, gpu_bytes):
+            print(memory.line(row), flush=True)
+            rows.append(row)
     return dict(
         setting=dataclasses.asdict(setting),
         gpu_bytes=gpu_bytes,

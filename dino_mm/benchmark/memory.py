@@ -2,15 +2,15 @@
 
 The model runs on tensors without data, forward and backward. Where a CPU takes another way than a GPU, the estimate
 takes the GPU's: mmcv's operator samples, attention keeps no weights, norms and softmax run in float32 under autocast.
-Not counted are the work space of cuDNN and cuBLAS and what the allocator leaves unused; see ``RESERVE``.
+Not counted are the work space of cuDNN and cuBLAS and what the allocator leaves unused, see :func:`usable`.
 """
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,8 +30,8 @@ from dino_mm.registry import MODELS
 
 from .comparison import Setting, make_batch, read_config
 
-#: Bytes of a GPU that the estimate leaves to the CUDA context and to the work space of cuDNN and cuBLAS.
-RESERVE = 2**30
+#: Ways to train: whether encoder and decoder, and whether the backbone are checkpointed.
+WAYS = {'as configured': (False, False), 'num_cp': (True, False), 'num_cp, with_cp': (True, True)}
 #: The caching allocator gives out memory in multiples of this.
 BLOCK = 512
 #: What CUDA's autocast runs in float32 and a CPU's does not, of what keeps large tensors.
@@ -186,27 +186,30 @@ def training_peak(config: ConfigDict, setting: Setting, half: bool = False) -> P
     return Peak(weights + 2 * trained, live.peak - weights)
 
 
-def largest_batch(peak: Callable[[int], int], budget: int) -> int:
-    """The most images whose ``peak(images)``, bytes, is within ``budget``; 0 if one is too many already.
+def largest_batch(peak: Callable[[int], Peak], budget: int) -> int:
+    """The most images whose ``peak(images)`` is within ``budget`` bytes; 0 if one is too many already.
 
     Memory grows in proportion to the images, or faster where another moment of the step becomes the highest.
     """
-    one, two = peak(1), peak(2)
+    one, two = peak(1).total, peak(2).total
     if one > budget:
         return 0
     images = 1 + (budget - one) // max(two - one, 1)
-    while peak(images) > budget:
+    while peak(images).total > budget:
         images -= 1
     return images
+
+
+def usable(gpu_bytes: int) -> int:
+    """What a step may take of a GPU: 95 % but for 1 GiB, as CUDA itself, work space and gaps take memory too."""
+    return int(0.95 * gpu_bytes) - 2**30
 
 
 class Row(NamedTuple):
     """One line of the estimate."""
 
-    num_cp: bool
-    """Whether all layers of encoder and decoder are checkpointed."""
-    with_cp: bool
-    """Whether the backbone is."""
+    way: str
+    """One of ``WAYS``."""
     amp: bool
     """Whether it is half precision."""
     peak: Peak
@@ -223,27 +226,26 @@ def estimate(setting: Setting, gpu_bytes: int) -> Iterator[Row]:
         gpu_bytes: Memory of the GPU.
     """
     model = read_config(setting.config, setting.cfg_options).model
-    for num_cp, with_cp, amp in itertools.product((False, True), repeat=3):
-        config = checkpointed(model, num_cp, with_cp)
-
-        @cache
-        def peak(images: int, config: ConfigDict = config, amp: bool = amp) -> Peak:
-            return training_peak(config, replace(setting, batch=images), amp)
-
-        largest = largest_batch(lambda images, peak=peak: peak(images).total, gpu_bytes - RESERVE)
-        yield Row(num_cp, with_cp, amp, peak(setting.batch), largest)
+    for way, amp in itertools.product(WAYS, (False, True)):
+        config = checkpointed(model, *WAYS[way])
+        peak = cache(partial(_peak, config, setting, amp))
+        yield Row(way, amp, peak(setting.batch), largest_batch(peak, usable(gpu_bytes)))
 
 
-def table(setting: Setting, rows: Sequence[Row], gpu_bytes: int) -> str:
-    """The estimate as text."""
-    names = {(False, False): 'as configured', (True, False): 'num_cp', (False, True): 'with_cp'}
-    lines = [
-        f'{setting.config}: training on images of {setting.height}x{setting.width}, {setting.boxes} boxes each, AdamW;',
-        f'estimates, not measurements, for a GPU of {gpu_bytes / 2**30:.0f} GiB',
-        f'{"":<18} {"precision":<10} {f"{setting.batch} images":>10}   largest batch',
-    ]
-    for row in rows:
-        name = names.get((row.num_cp, row.with_cp), 'num_cp, with_cp')
-        precision = 'AMP' if row.amp else 'float32'
-        lines.append(f'{name:<18} {precision:<10} {row.peak.total / 2**30:>6.1f} GiB   {row.largest_batch:>13}')
-    return '\n'.join(lines)
+def _peak(config: ConfigDict, setting: Setting, amp: bool, images: int) -> Peak:
+    return training_peak(config, replace(setting, batch=images), amp)
+
+
+def heading(setting: Setting, gpu_bytes: int) -> str:
+    """What the rows of the table are about."""
+    return (
+        f'{setting.config}: training on images of {setting.height}x{setting.width}, {setting.boxes} boxes each,\n'
+        f'with AdamW; estimates, not measurements, for a GPU of {gpu_bytes / 2**30:g} GiB\n'
+        f'{"":<16} {"precision":<9} {f"{setting.batch} images":>10} {"largest batch":>14}'
+    )
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    precision = 'AMP' if row.amp else 'float32'
+    return f'{row.way:<16} {precision:<9} {row.peak.total / 2**30:>6.1f} GiB {row.largest_batch:>14}'
