@@ -53,12 +53,11 @@ def use_channels_last(model: Any) -> None:
     model.neck.to(memory_format=torch.channels_last)
 
 
-#: How a model may run, each on top of the one before. Graphs are captured and differentiated as for inductor, but their
-#: operators run as they are: to compile them takes minutes.
-WAYS: dict[str, Callable[[Any], Any]] = {
-    'eager': lambda model: None,
-    'channels last': use_channels_last,
-    'and compiled': lambda model: compile_model(model, 'aot_eager'),
+#: How a model may run, each on top of the one before.
+WAYS: dict[str, Callable[[Any, Plan], Any]] = {
+    'eager': lambda model, plan: None,
+    'channels last': lambda model, plan: use_channels_last(model),
+    'and compiled': lambda model, plan: compile_model(model, plan.parity_compiler),
 }
 
 
@@ -68,7 +67,7 @@ def parity(plan: Plan, goldens: ModuleType | None) -> Iterator[Row]:
         model = case.model.to(plan.device)
         samples = [sample.to(plan.device) for sample in case.samples]
         for way, change in WAYS.items():
-            change(model)
+            change(model, plan)
             name, difference = largest_difference(
                 values(model, case.inputs.to(plan.device), samples, case.training), case.expected
             )

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -20,6 +20,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from dino_mm.ops.deformable_sampling import use_backend
 from dino_mm.registry import MODELS
 
 from .comparison import Setting, SideName, build_side, make_batch, read_config
@@ -67,6 +68,8 @@ class Plan:
         'dino-convnext/dino_convnext_large_384_4scale_12ep.py',
     )
     compiler: str = 'inductor'
+    #: In float64, which takes minutes to compile: graphs are captured and differentiated, and run as they are.
+    parity_compiler: str = 'aot_eager'
 
     @property
     def device(self) -> torch.device:
@@ -94,12 +97,14 @@ SMALL = Plan(
         height=64,
         width=96,
         batch=1,
+        threads=1,
     ),
     large_batch=2,
     repeats=2,
     precisions=('fp32', 'bf16'),
     zoo=(R50,),
-    compiler='aot_eager',
+    compiler='eager',
+    parity_compiler='eager',
 )
 
 
@@ -127,18 +132,21 @@ class Trainee:
         # A rate of 0: the weights, and so the work, stay the same in all steps.
         self.optimizer = torch.optim.AdamW(self.parameters, 0.0, weight_decay=1e-4, fused=fused or None)
 
-    def step(self, batch: Batch, precision: Precision) -> Tensor:
-        """Forward, losses, backward, clipping, AdamW; returns the sum of losses."""
+    def backward(self, batch: Batch, precision: Precision) -> None:
+        """Forward, losses, backward."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(0)
         with self.autocast(precision):
             losses = self.model.loss(*batch)
             total = sum(value for name, value in losses.items() if 'loss' in name)
         (total * precision.loss_scale).backward()
+
+    def step(self, batch: Batch, precision: Precision) -> None:
+        """A training step: :meth:`backward`, clipping, AdamW."""
+        self.backward(batch, precision)
         # AdamW does not mind the scale of gradients.
         nn.utils.clip_grad_norm_(self.parameters, 0.1 * precision.loss_scale)
         self.optimizer.step()
-        return total
 
     def detect(self, batch: Batch, precision: Precision) -> SampleList:
         """Detections of the batch."""
@@ -152,21 +160,15 @@ class Trainee:
         return torch.autocast(self.device.type, precision.autocast)
 
     def run(self, work: str, batch: Batch, precision: Precision) -> Any:
-        """``training`` or ``inference``."""
-        self.model.train(work == 'training')
-        return (self.step if work == 'training' else self.detect)(batch, precision)
+        """``training``, ``gradients``, which is training without clipping and AdamW, or ``inference``."""
+        self.model.train(work != 'inference')
+        return dict(training=self.step, gradients=self.backward, inference=self.detect)[work](batch, precision)
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Products and convolutions in TF32, or in full float32."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
-    yield
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
+def set_tf32(allowed: bool) -> None:
+    """Products and convolutions in TF32 from now on, or in full float32."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def build(side: SideName, plan: Plan) -> Trainee:
@@ -186,6 +188,8 @@ def prepare(plan: Plan) -> None:
     warnings.filterwarnings('ignore')
     init_default_scope('mmdet')
     torch.set_num_threads(plan.base.threads)
+    if plan.device.type == 'cpu':
+        use_backend('pytorch')  # a CPU's own way reads on the host where to sample
 
 
 def versions(plan: Plan) -> Iterator[Row]:
@@ -202,7 +206,8 @@ def waits(plan: Plan) -> Iterator[Row]:
         for sample in batch[1]:  # padded, as real batches are
             height, width = sample.img_shape
             sample.set_metainfo(dict(img_shape=(height - 8, width - 8)))
-        for work in ('training', 'inference'):
+        # A CPU's AdamW counts its steps on the host, a GPU's too, but in a tensor of the host.
+        for work in ('training' if plan.device.type == 'cuda' else 'gradients', 'inference'):
             for _ in range(2):
                 trainee.run(work, batch, Precision())
             kinds = count_waits(partial(trainee.run, work, batch, Precision()), plan.device)
@@ -253,24 +258,24 @@ def in_turns(
 ) -> dict[str, dict[str, Any]]:
     """Median ``seconds`` and ``peak`` bytes above what was there of each side, or the ``error`` that it ends with."""
     measured: dict[str, dict[str, Any]] = {side: {} for side in trainees}
-    with tf32(precision.tf32):
+    set_tf32(precision.tf32)
+    for side, trainee in trainees.items():
+        try:
+            for _ in range(2):
+                trainee.run(work, batch, precision)
+            with PeakMemory(trainee.device) as peak:
+                trainee.run(work, batch, precision)
+            measured[side] = dict(peak=peak.bytes, runs=[])
+        except Exception as error:  # out of memory, or a precision that MMDetection does not run in
+            measured[side] = dict(error=f'{type(error).__name__}: {error}'.splitlines()[0][:200])
+            gc.collect()
+    for _ in range(repeats):
         for side, trainee in trainees.items():
-            try:
-                for _ in range(2):
+            if 'runs' in measured[side]:
+                seconds: dict[str, float] = {}
+                with stopwatch(seconds, work, trainee.device):
                     trainee.run(work, batch, precision)
-                with PeakMemory(trainee.device) as peak:
-                    trainee.run(work, batch, precision)
-                measured[side] = dict(peak=peak.bytes, runs=[])
-            except Exception as error:  # out of memory, or a precision that MMDetection does not run in
-                measured[side] = dict(error=f'{type(error).__name__}: {error}'.splitlines()[0][:200])
-                gc.collect()
-        for _ in range(repeats):
-            for side, trainee in trainees.items():
-                if 'runs' in measured[side]:
-                    seconds: dict[str, float] = {}
-                    with stopwatch(seconds, work, trainee.device):
-                        trainee.run(work, batch, precision)
-                    measured[side]['runs'].append(seconds[work])
+                measured[side]['runs'].append(seconds[work])
     for found in measured.values():
         if 'runs' in found:
             found['seconds'] = median(found['runs'])
@@ -321,8 +326,8 @@ def launches(plan: Plan) -> Iterator[Row]:
     for work, images in (('training', plan.base.batch), ('inference', 1)):
         batch = batch_of(plan, trainee, images)
         for name in plan.profiled:
-            with tf32(PRECISIONS[name].tf32):
-                data = profile_run(partial(trainee.run, work, batch, PRECISIONS[name]), plan.device)
+            set_tf32(PRECISIONS[name].tf32)
+            data = profile_run(partial(trainee.run, work, batch, PRECISIONS[name]), plan.device)
             data |= dict(work=work, images=images, precision=name)
             numbers = ', '.join(f'{key} {value:.0f}' for key, value in data.items() if isinstance(value, float))
             yield Row(f'{work:<9} {images} {name:<5} {numbers}', data)
