@@ -7,6 +7,7 @@ MMDetection's, ours, ... Ratios are taken pair by pair. Counts do not depend on 
   python tools/benchmark.py --component                         # parts of a training step
   python tools/benchmark.py --sweep boxes=1,8,60,100 size=320x480,480x640,640x960 --picture growth.png
   python tools/benchmark.py --data --step-seconds 0.25          # is the training pipeline fast enough?
+  python tools/benchmark.py --memory dino-swin/dino_swin_tiny_224_4scale_12ep.py --gpu-memory 24  # how many images fit?
 """
 
 import argparse
@@ -14,11 +15,11 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import random
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,12 +29,9 @@ from unittest import mock
 
 import cv2
 
-import dino_mm  # first, for it says what does not fit
+import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
-import mmcv
-import mmdet
-import mmengine
 import numpy as np
 import torch
 from mmcv.transforms import Compose
@@ -41,7 +39,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
+from dino_mm.benchmark import memory
+from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference, read_config
+from dino_mm.benchmark.machine import environment
 from dino_mm.benchmark.profiling import LABEL_CHECK, Worker
 
 SIDES = ('ours', 'mmdet')
@@ -73,7 +73,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=DEFAULT_CONFIG, help='config file, or the name of a shipped one')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='override the config')
-    parser.add_argument('--size', type=size, default=(480, 640), metavar='HxW', help='of all images (480x640)')
+    parser.add_argument(
+        '--size', type=size, metavar='HxW', help='of all images (480x640; with --memory 800x1333, as COCO is trained)'
+    )
     for name, default, text in (
         ('batch', 2, 'images'),
         ('boxes', 8, 'boxes in each image'),
@@ -98,6 +100,8 @@ def parse_args() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument('--component', nargs='*', choices=COMPONENTS, help='measure parts; all, if none is named')
     mode.add_argument('--data', action='store_true', help='measure the training pipeline')
+    mode.add_argument('--memory', metavar='CONFIG', help='estimate how large a batch of this config trains on a GPU')
+    parser.add_argument('--gpu-memory', type=float, default=24, help='with --memory: of the GPU, GiB (%(default)s)')
     parser.add_argument(
         '--sweep', nargs='+', type=sweep, default=[], metavar='AXIS=A,B', help='repeat for other values'
     )
@@ -105,8 +109,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, help='JSON file to write')
     parser.add_argument('--picture', type=Path, help='PNG file to write')
     args = parser.parse_args()
-    if args.data and (args.picture or args.sweep):
-        parser.error('--data has neither --picture nor --sweep')
+    if (args.data or args.memory) and (args.picture or args.sweep):
+        parser.error('--data and --memory have neither --picture nor --sweep')
+    args.config = args.memory or args.config
+    args.size = args.size or ((800, 1333) if args.memory else (480, 640))
     return args
 
 
@@ -242,28 +248,6 @@ def table(result: dict[str, Any], repeats: int) -> str:
     return '\n'.join(lines)
 
 
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    modules = (dino_mm, torch, mmcv, mmdet, mmengine)
-    return dict(
-        machine=next((line.partition(': ')[2] for line in lines if line.startswith('model name')), platform.machine()),
-        system=platform.platform(),
-        python=platform.python_version(),
-        **{module.__name__: str(module.__version__) for module in modules},
-        **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}),
-    )
-
-
-def read_config(args: argparse.Namespace, backend: str) -> Config:
-    """The config as it is where images are decoded and resized by ``backend``."""
-    with mock.patch.dict(os.environ, IMAGE_BACKEND=backend):
-        config = Config.fromfile(args.config if Path(args.config).is_file() else dino_mm.cfg(args.config))
-    config.merge_from_dict(args.cfg_options)
-    return config
-
-
 def make_images(folder: Path, setting: Setting) -> list[dict[str, Any]]:
     """Write JPEG images with the detail of a photograph's, and say what a data set would say of them."""
     rng = np.random.default_rng(setting.seed)
@@ -310,7 +294,10 @@ def measure_step(setting: Setting, repeats: int) -> float:
 
 def run_data(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Measure the training pipeline, print whether it or the model is the limit."""
-    configs = {backend: read_config(args, backend) for backend in IMAGE_BACKENDS}
+    configs = {}
+    for backend in IMAGE_BACKENDS:
+        with mock.patch.dict(os.environ, IMAGE_BACKEND=backend):
+            configs[backend] = read_config(args.config, args.cfg_options)
     rates = measure_pipelines(configs, setting, args.repeats)
     step = args.step_seconds or measure_step(setting, args.repeats)
     model_rate, processes = setting.batch / step, max(1, configs['pillow'].train_dataloader.num_workers)
@@ -353,12 +340,33 @@ def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str,
     return results
 
 
+def run_memory(setting: Setting, gpu_bytes: int) -> dict[str, Any]:
+    """Estimate the memory of training, print the table as it goes."""
+    print(memory.heading(setting, gpu_bytes))
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # mmdet's ResNet leaves an argument of checkpointing out
+        for row in memory.estimate(setting, gpu_bytes):
+            print(memory.line(row), flush=True)
+            rows.append(row)
+    return dict(
+        setting=dataclasses.asdict(setting),
+        gpu_bytes=gpu_bytes,
+        rows=[dict(row._asdict(), peak=row.peak._asdict()) for row in rows],
+    )
+
+
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
     setting = base_setting(args)
     try:
-        found = dict(data=run_data(args, setting)) if args.data else dict(results=run_comparison(args, setting))
+        if args.memory:
+            found = dict(memory=run_memory(setting, int(args.gpu_memory * 2**30)))
+        elif args.data:
+            found = dict(data=run_data(args, setting))
+        else:
+            found = dict(results=run_comparison(args, setting))
     except (RuntimeError, FileNotFoundError) as error:
         raise SystemExit(f'error: {error}') from None
     if args.out:

@@ -78,15 +78,20 @@ class Setting:
     seed: int = 0
 
 
+def read_config(name: str, cfg_options: dict[str, Any]) -> Config:
+    """A config file, or a shipped config of that name, with settings that override it."""
+    config = Config.fromfile(name if Path(name).is_file() else shipped_config(name))
+    config.merge_from_dict(cfg_options)
+    return config
+
+
 def our_config(setting: Setting) -> ConfigDict:
     """The model of the config measured, with the position embedding that MMDetection's weights belong to.
 
     Raises:
         ValueError: MMDetection has no counterpart.
     """
-    config = Config.fromfile(setting.config if Path(setting.config).is_file() else shipped_config(setting.config))
-    config.merge_from_dict(setting.cfg_options)
-    model = config.model
+    model = read_config(setting.config, setting.cfg_options).model
     if model.embed_dims != MMDET_WIDTH:
         raise ValueError(f'`model.embed_dims` is {model.embed_dims}: DINO of MMDetection only runs with {MMDET_WIDTH}.')
     model.backbone.init_cfg = None  # weights are random
@@ -318,7 +323,7 @@ def our_parts(side: Side) -> Parts:
     head = model.bbox_head
 
     def matching_and_loss() -> Work:
-        predictions = cut_off(side.record(head, 'loss_by_feat').args[:-1])
+        predictions = cut_off(side.record(head, 'loss_by_feat').args[:3])
         return Work(
             lambda: head.loss_by_feat(*predictions, collate_targets(samples, head.num_classes)), leaves_of(predictions)
         )

@@ -67,7 +67,8 @@ class DatasetCheck:
         if most > 100:
             hints.append(
                 f'hint   One image has {most} objects: its denoising queries are {2 * most}, one positive and one '
-                f'negative each, beside `num_queries`; `test_cfg.max_per_img` detects 300 an image.'
+                f'negative each, beside `num_queries`, but `denoising.max_dn_queries` at most; `test_cfg.max_per_img` '
+                f'detects 300 an image.'
             )
         return hints
 

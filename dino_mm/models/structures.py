@@ -70,6 +70,8 @@ class DenoisingQueries(NamedTuple):
     visible: Tensor
     """(num_dn, num_dn + num_queries) bool, which queries each of them may attend to. No other query sees them."""
     num_groups: int
+    targets: 'Targets'
+    """The objects that each group holds; of an image with very many, some."""
 
 
 class DecoderStates(NamedTuple):

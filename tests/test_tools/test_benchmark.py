@@ -226,7 +226,7 @@ def test_ratios_are_taken_pair_by_pair(tool: ModuleType) -> None:
     [
         (['--sweep', 'colour=1'], 'is not `size=`'),
         (['--component', 'backbone'], 'invalid choice'),
-        (['--data', '--picture', 'a.png'], '--data has neither'),
+        (['--data', '--picture', 'a.png'], '--data and --memory have neither'),
     ],
 )
 def test_bad_arguments_are_named(tool: ModuleType, arguments, words, monkeypatch, capsys) -> None:

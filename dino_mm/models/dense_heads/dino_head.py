@@ -116,6 +116,7 @@ class DINOHead(BaseModule):
         selection: QuerySelection,
         num_dn_groups: int | None,
         targets: Targets,
+        dn_targets: Targets | None = None,
     ) -> dict[str, Tensor]:
         """All losses, named as mmdet names DINO's.
 
@@ -125,18 +126,24 @@ class DINOHead(BaseModule):
             selection: The encoder's predictions, if it selects queries.
             num_dn_groups: Denoising groups, 0 in a batch without objects; None without denoising.
             targets: Ground truth of the batch.
+            dn_targets: The objects that each denoising group holds; None: all.
         """
         decoder = Predictions(*self(hidden_states, references))
-        return self.loss_by_feat(decoder, selection, num_dn_groups, targets)
+        return self.loss_by_feat(decoder, selection, num_dn_groups, targets, dn_targets)
 
     def loss_by_feat(
-        self, decoder: Predictions, selection: QuerySelection, num_dn_groups: int | None, targets: Targets
+        self,
+        decoder: Predictions,
+        selection: QuerySelection,
+        num_dn_groups: int | None,
+        targets: Targets,
+        dn_targets: Targets | None = None,
     ) -> dict[str, Tensor]:
         """All losses of the decoder's and the encoder's predictions; arguments as of :meth:`loss`."""
         encoder = None
         if selection.scores is not None and selection.boxes is not None:
             encoder = Predictions(selection.scores.to(decoder.scores.dtype)[None], selection.boxes[None])
-        losses, dn_losses = self.criterion(decoder, encoder, targets, num_dn_groups or 0)
+        losses, dn_losses = self.criterion(decoder, encoder, targets, num_dn_groups or 0, dn_targets)
         names = layer_names(len(decoder.scores))
         named = name_losses(losses, names if encoder is None else [*names, 'enc_'])
         if num_dn_groups is not None:

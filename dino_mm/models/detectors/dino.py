@@ -189,8 +189,8 @@ class DINO(DetectionTransformer):
         states = self.forward_decoder(memory, tokens, selection, denoising)
         head_inputs: dict = dict(hidden_states=states.hidden_states, references=states.references)
         if targets is not None:
-            num_dn_groups = None if denoising is None else denoising.num_groups
-            head_inputs.update(selection=selection, num_dn_groups=num_dn_groups)
+            groups = (None, None) if denoising is None else (denoising.num_groups, denoising.targets)
+            head_inputs.update(selection=selection, num_dn_groups=groups[0], dn_targets=groups[1])
         return head_inputs
 
     def pre_transformer(self, mlvl_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None) -> Tokens:

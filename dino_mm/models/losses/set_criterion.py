@@ -4,6 +4,7 @@ import torch
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
+from ...ops.transfer import to_device
 from ..box_ops import corners
 from ..structures import Predictions, Targets
 from ..task_modules.hungarian_matcher import HungarianMatcher
@@ -15,7 +16,8 @@ LOSSES = ('loss_cls', 'loss_bbox', 'loss_iou')
 class SetCriterion(nn.Module):
     """Classification, L1 and GIoU losses of matching queries and of denoising queries.
 
-    Sums over queries and images are divided by the number of objects of the batch, averaged over the processes.
+    Sums over queries and images are divided by the number of objects of the batch, those of denoising queries by the
+    number of objects that these were made from, all groups counted; numbers of objects are averaged over the processes.
     The loss modules are mmdet's interface with ``reduction_override='none'``: boxes reach ``loss_bbox`` as cxcywh and
     ``loss_iou`` as xyxy, both in [0, 1] of the image.
 
@@ -48,7 +50,12 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
 
     def forward(
-        self, decoder: Predictions, encoder: Predictions | None, targets: Targets, num_dn_groups: int
+        self,
+        decoder: Predictions,
+        encoder: Predictions | None,
+        targets: Targets,
+        num_dn_groups: int,
+        dn_targets: Targets | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses of the matching queries of all layers, the encoder last, and of the decoder's denoising queries.
 
@@ -56,44 +63,49 @@ class SetCriterion(nn.Module):
         was made from; all others are background.
 
         Args:
-            decoder: Predictions of all decoder layers, the ``num_dn_groups * 2 * num_gts`` denoising queries first.
+            decoder: Predictions of all decoder layers, the ``num_dn_groups * 2 * num_dn_gts`` denoising queries first.
             encoder: Predictions of the selected tokens, as one layer; None where the encoder selects none.
             targets: Ground truth of the batch.
             num_dn_groups: Groups of denoising queries; without any, their losses are 0, and still have gradients.
+            dn_targets: The objects, ``num_dn_gts`` in the fullest image, that each group holds; None: all.
 
         Returns:
             ``LOSSES`` of the matching queries, (3, num_layers), and of the denoising queries, (3, num_layers).
         """
-        num_layers, num_dn = len(decoder.scores), num_dn_groups * 2 * targets.boxes.shape[1]
+        dn_targets = targets if dn_targets is None else dn_targets
+        num_layers, num_dn = len(decoder.scores), num_dn_groups * 2 * dn_targets.boxes.shape[1]
         matching = [Predictions(decoder.scores[:, :, num_dn:], decoder.boxes[:, :, num_dn:])]
         matching += [] if encoder is None else [encoder]
         boxes = torch.cat([layers.boxes for layers in matching])
         match = self.matcher([layers.scores for layers in matching], boxes, targets)
 
-        labels = self._labels(match, boxes.shape[2], targets, num_dn_groups)
+        labels = self._labels(match, boxes.shape[2], targets, dn_targets, num_dn_groups)
         loss_cls, dn_loss_cls = self._class_losses(decoder.scores, labels[:num_layers], num_dn)
         if encoder is not None:
             encoder_loss = _classify(self.loss_cls, encoder.scores, labels[num_layers:, :, num_dn:])
             loss_cls = torch.cat([loss_cls, encoder_loss.flatten(1).sum(1)])
-        positives = _positives(decoder.boxes[:, :, :num_dn], targets, num_dn_groups)
-        box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets)
+        positives = _positives(decoder.boxes[:, :, :num_dn], dn_targets, num_dn_groups)
+        box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets, dn_targets)
 
-        num_boxes = reduce_mean(boxes.new_full((), targets.total)).clamp(min=1)
-        num_dn_boxes = num_boxes * max(num_dn_groups, 1)  # every group restores all objects
+        totals = to_device([[targets.total, dn_targets.total]], boxes.device, boxes.dtype)[0]
+        num_boxes, num_restored = reduce_mean(totals).clamp(min=1)
+        num_dn_boxes = num_restored * max(num_dn_groups, 1)
         return (
             torch.cat([loss_cls[None], box_losses]) / num_boxes,
             torch.cat([dn_loss_cls[None], dn_box_losses]) / num_dn_boxes,
         )
 
-    def _labels(self, match: Tensor, num_queries: int, targets: Targets, num_dn_groups: int) -> Tensor:
+    def _labels(
+        self, match: Tensor, num_queries: int, targets: Targets, dn_targets: Targets, num_dn_groups: int
+    ) -> Tensor:
         """Class that each query should predict, (num_layers, bs, num_dn + num_queries)."""
-        num_layers, bs, num_gts = match.shape
-        num_dn = num_dn_groups * 2 * num_gts
+        num_layers, bs, _ = match.shape
+        num_dn = num_dn_groups * 2 * dn_targets.boxes.shape[1]
         # One more column takes the label of every slot without partner, then goes.
         labels = match.new_full((num_layers, bs, num_dn + num_queries + 1), self.num_classes)
         labels.scatter_(2, match + num_dn, targets.labels.expand_as(match))
-        restored = torch.where(targets.mask, targets.labels, self.num_classes)
-        _positives(labels[..., :num_dn], targets, num_dn_groups).copy_(restored)
+        restored = torch.where(dn_targets.mask, dn_targets.labels, self.num_classes)
+        _positives(labels[..., :num_dn], dn_targets, num_dn_groups).copy_(restored)
         return labels[..., :-1]
 
     def _class_losses(self, scores: Tensor, labels: Tensor, num_dn: int) -> tuple[Tensor, Tensor]:
@@ -104,27 +116,27 @@ class SetCriterion(nn.Module):
             dn_loss = _classify(self.loss_dn_cls, scores[:, :, :num_dn], labels[:, :, :num_dn])
         return loss.flatten(1).sum(1), dn_loss.flatten(1).sum(1)
 
-    def _box_losses(self, boxes: Tensor, match: Tensor, positives: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def _box_losses(
+        self, boxes: Tensor, match: Tensor, positives: Tensor, targets: Targets, dn_targets: Targets
+    ) -> tuple[Tensor, Tensor]:
         """L1 and GIoU losses, (2, num_layers) of ``boxes`` and of ``positives``, see :func:`_positives`."""
-        num_queries = boxes.shape[2]
+        num_queries, num_layers, num_pairs = boxes.shape[2], len(positives), match.numel()
         matched = boxes.gather(2, match.clamp(max=num_queries - 1)[..., None].expand(-1, -1, -1, 4))
-        restored = positives.contiguous().flatten(0, 1)
-        # Pairs (..., bs, num_gts): all layers of the matching queries, then all groups of all layers.
-        pred = torch.cat([matched, restored])
-        counts = torch.cat([match < num_queries, targets.mask.expand(restored.shape[:-1])])
-        target = targets.boxes.to(boxes)
-        loss_bbox = self.loss_bbox(pred, target.expand_as(pred), reduction_override='none')
-        loss_iou = self.loss_iou(
-            corners(pred).flatten(0, 2),
-            corners(target).expand_as(pred).flatten(0, 2),
-            reduction_override='none',
-        )
-        losses = torch.stack([loss_bbox.sum(3), loss_iou.view(counts.shape)]) * counts
-        loss, dn_loss = losses.flatten(1).split([match.numel(), restored.numel() // 4], 1)
-        return (
-            loss.unflatten(1, match.shape).flatten(2).sum(2),
-            dn_loss.unflatten(1, positives.shape[:-1]).flatten(2).sum(2),
-        )
+        # Pairs: objects of all images in all layers of the matching queries, then in all groups of all layers.
+        pred = torch.cat([matched.view(-1, 4), positives.reshape(-1, 4)])
+        target = torch.cat([
+            targets.boxes.expand_as(matched).reshape(-1, 4),
+            dn_targets.boxes.expand_as(positives).reshape(-1, 4),
+        ]).to(boxes)  # fmt: skip
+        counts = torch.cat([
+            (match < num_queries).view(-1),
+            dn_targets.mask.expand(positives.shape[:-1]).reshape(-1),
+        ])  # fmt: skip
+        loss_bbox = self.loss_bbox(pred, target, reduction_override='none')
+        loss_iou = self.loss_iou(corners(pred), corners(target), reduction_override='none')
+        losses = torch.stack([loss_bbox.sum(1), loss_iou]) * counts
+        loss, dn_loss = losses.split([num_pairs, len(pred) - num_pairs], 1)
+        return loss.view(2, len(match), -1).sum(2), dn_loss.view(2, num_layers, -1).sum(2)
 
 
 def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:
