@@ -104,7 +104,7 @@ def test_standin_is_there_before_mmdet_is_imported(tmp_path: Path) -> None:
     code = "import sys, mmdet.evaluation; print('dino_mm' in sys.modules)"
     assert python('-c', code, cwd=tmp_path).stdout.splitlines()[-1] == 'False'
     code = 'import sys; print(*(getattr(f, "marker", "") for f in sys.meta_path))'
-    assert python('-c', code, cwd=tmp_path).stdout.split() == ['dino_mm.standin']
+    assert python('-c', code, cwd=tmp_path).stdout.split() == ['dino_mm.names', 'dino_mm.standin']
 
 
 def test_tools_run_from_the_installed_package(installed: Path, tmp_path: Path) -> None:
