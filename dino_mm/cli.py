@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import runpy
 import sys
+from types import ModuleType
 from typing import NamedTuple
 
 from .shipped import UnknownConfigError, config_root
@@ -128,8 +128,12 @@ def _run(name: str) -> int:
     except ImportError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    tool = config_root().parent / 'tools' / COMMANDS[name].tool
+    # Not by runpy, which would put the file's name into `sys.argv`. Processes that the tool starts look for `__main__`.
+    module = sys.modules['__main__'] = ModuleType('__main__')
+    module.__file__ = str(tool)
     try:
-        runpy.run_path(str(config_root().parent / 'tools' / COMMANDS[name].tool), run_name='__main__')
+        exec(compile(tool.read_text(), tool, 'exec'), module.__dict__)
     except UnknownConfigError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
