@@ -80,6 +80,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=('dino_mm', 'dino_mm.*')),
     package_data={'dino_mm': ['py.typed']},
+    entry_points={'console_scripts': ['dino-mm=dino_mm.cli:main']},
     # Beside a wheel's data lies its `purelib`, which goes into site-packages, where alone Python reads such files.
     data_files=[('../purelib', ['mmdet_dino.pth'])],
     install_requires=['torch>=2.1', 'packaging', 'pycocotools', 'scipy', 'timm>=1.0.16'],

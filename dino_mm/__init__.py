@@ -1,16 +1,121 @@
 """DINO for MMDetection 3.x as registered modules and mmengine configs, numerically equal to detrex's."""
 
+from __future__ import annotations
+
+import importlib
+import os
 import sys
+from typing import TYPE_CHECKING
 
 from . import standin, threads
 from .compat import check_versions
-from .shipped import cfg
+from .shipped import UnknownConfigError, cfg
 from .version import __version__
+from .zoo import get_config, get_model, list_models
+
+if TYPE_CHECKING:
+    from .checkpoints.errors import CheckpointError
+    from .datasets import CheckedCocoDataset, LoadImageFromFile, ResizeShortestEdge
+    from .engine import (
+        CheckRunHook,
+        DetVisualizationHook,
+        EpochBasedTrainLoop,
+        IterBasedTrainLoop,
+        LoadCheckpointHook,
+        ParamGroupConstructor,
+    )
+    from .evaluation import CheckedCocoMetric
+    from .models import (
+        DINO,
+        CDNGenerator,
+        DINODecoder,
+        DINOEncoder,
+        DINOHead,
+        FocalLoss,
+        HungarianMatcher,
+        InternImage,
+        LearnedQueries,
+        MixedQuerySelector,
+        NormalizedGIoULoss,
+        PureQuerySelector,
+        SetCriterion,
+        SimpleFeaturePyramid,
+        SwinTransformer,
+        TIMMBackbone,
+        ViTDet,
+    )
+
+__all__ = [
+    'DINO',
+    'CDNGenerator',
+    'CheckRunHook',
+    'CheckedCocoDataset',
+    'CheckedCocoMetric',
+    'CheckpointError',
+    'DINODecoder',
+    'DINOEncoder',
+    'DINOHead',
+    'DetVisualizationHook',
+    'EpochBasedTrainLoop',
+    'FocalLoss',
+    'HungarianMatcher',
+    'InternImage',
+    'IterBasedTrainLoop',
+    'LearnedQueries',
+    'LoadCheckpointHook',
+    'LoadImageFromFile',
+    'MixedQuerySelector',
+    'NormalizedGIoULoss',
+    'ParamGroupConstructor',
+    'PureQuerySelector',
+    'ResizeShortestEdge',
+    'SetCriterion',
+    'SimpleFeaturePyramid',
+    'SwinTransformer',
+    'TIMMBackbone',
+    'UnknownConfigError',
+    'ViTDet',
+    '__version__',
+    'cfg',
+    'get_config',
+    'get_model',
+    'list_models',
+]
+#: Where the classes are; none of these is imported before one of its classes is asked for.
+_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'checkpoints.errors')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """A class of :data:`__all__`, imported now."""
+        if name in __all__:
+            for room in _ROOMS:
+                found = getattr(importlib.import_module(f'.{room}', __name__), name, None)
+                if found is not None:
+                    globals()[name] = found
+                    return found
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def _starts_a_command() -> bool:
+    """Whether this is ``dino-mm``, ``python -m dino_mm`` or ``python -m dino_mm.env``.
+
+    The first two begin without torch, and check before they need it. The last reports what is wrong where imports fail.
+    """
+    program = sys.argv[0] if sys.argv else ''
+    if program == '-m':  # so it is called while Python looks for the module
+        return not {'dino_mm', 'dino_mm.env'}.isdisjoint(getattr(sys, 'orig_argv', ()))
+    return os.path.splitext(os.path.basename(program))[0] == 'dino-mm'
+
 
 standin.install()
 threads.bound_spinning()
-# `python -m dino_mm.env` reports what is wrong where the rest fails; while it looks for the module, this is `argv`.
-if not (sys.argv[:1] == ['-m'] and 'dino_mm.env' in getattr(sys, 'orig_argv', ())):
+if not _starts_a_command():
     check_versions()
 
     from .checkpoints.files import register_formats
@@ -18,5 +123,3 @@ if not (sys.argv[:1] == ['-m'] and 'dino_mm.env' in getattr(sys, 'orig_argv', ()
 
     allow_mmengine_checkpoints()
     register_formats()
-
-__all__ = ['__version__', 'cfg']

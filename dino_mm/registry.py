@@ -4,21 +4,37 @@
 ``custom_imports`` is needed. Types without a scope keep the meaning that the config's ``default_scope`` gives them.
 """
 
-from mmengine import registry as root
+from mmdet import registry as mmdet
 from mmengine.registry import Registry
 
 SCOPE = 'dino_mm'
 
-MODELS = Registry('model', parent=root.MODELS, scope=SCOPE, locations=['dino_mm.models'])
-TASK_UTILS = Registry('task util', parent=root.TASK_UTILS, scope=SCOPE, locations=['dino_mm.models'])
-DATASETS = Registry('dataset', parent=root.DATASETS, scope=SCOPE, locations=['dino_mm.datasets'])
-TRANSFORMS = Registry('transform', parent=root.TRANSFORMS, scope=SCOPE, locations=['dino_mm.datasets'])
-METRICS = Registry('metric', parent=root.METRICS, scope=SCOPE, locations=['dino_mm.evaluation'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=root.OPTIM_WRAPPER_CONSTRUCTORS,
-    scope=SCOPE,
-    locations=['dino_mm.engine'],
-)
-HOOKS = Registry('hook', parent=root.HOOKS, scope=SCOPE, locations=['dino_mm.engine'])
-LOOPS = Registry('loop', parent=root.LOOPS, scope=SCOPE, locations=['dino_mm.engine'])
+
+class _Registry(Registry):
+    """One of this scope; a type without a scope that it lacks is MMDetection's.
+
+    For mmengine makes this scope the default one to read a name from our metafiles, as in
+    ``DetInferencer(NAME, scope='dino_mm')``. MMDetection's registry cannot be the parent: mmengine looks for scopes
+    among the children of its own registries alone.
+    """
+
+    def __init__(self, base: Registry, location: str) -> None:
+        super().__init__(base.name, parent=base.parent, scope=SCOPE, locations=[location])
+        self.base = base
+
+    def get(self, key: str) -> type | None:
+        """The class of ``key``; None if there is none."""
+        self.import_from_location()
+        return super().get(key) if '.' in key or key in self._module_dict else self.base.get(key)
+
+
+MODELS = _Registry(mmdet.MODELS, 'dino_mm.models')
+TASK_UTILS = _Registry(mmdet.TASK_UTILS, 'dino_mm.models')
+DATASETS = _Registry(mmdet.DATASETS, 'dino_mm.datasets')
+TRANSFORMS = _Registry(mmdet.TRANSFORMS, 'dino_mm.datasets')
+METRICS = _Registry(mmdet.METRICS, 'dino_mm.evaluation')
+OPTIM_WRAPPER_CONSTRUCTORS = _Registry(mmdet.OPTIM_WRAPPER_CONSTRUCTORS, 'dino_mm.engine')
+HOOKS = _Registry(mmdet.HOOKS, 'dino_mm.engine')
+LOOPS = _Registry(mmdet.LOOPS, 'dino_mm.engine')
+VISUALIZERS = _Registry(mmdet.VISUALIZERS, 'dino_mm.visualization')
+VISBACKENDS = _Registry(mmdet.VISBACKENDS, 'dino_mm.visualization')

@@ -1,8 +1,12 @@
-"""A stand-in for ``mmcv._ext``, mmcv's compiled operators, for an mmcv that comes without them.
+"""What has to be there before dino_mm is imported: mmcv's operators, and the names of our configs in ``_base_``.
 
-mmcv-lite has the Python side of every operator, but fails to import it. With this, ``import mmcv.ops`` and
-``import mmdet`` work; an operator complains when it is called. What Python finds by itself comes first: compiled
-operators are never hidden. This file is also loaded by path as Python starts, so it imports nothing but Python's own.
+``mmcv._ext`` are mmcv's compiled operators. mmcv-lite has the Python side of each, but fails to import it. With the
+stand-in, ``import mmcv.ops`` and ``import mmdet`` work; an operator complains when it is called. What Python finds by
+itself comes first: compiled operators are never hidden.
+
+mmengine reads ``_base_ = 'mmdet::FOLDER/NAME.py'``, of OpenMMLab's own packages alone. Here it learns ``dino_mm::``.
+
+This file is also loaded by path as Python starts, so it imports nothing but Python's own.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODULE = 'mmcv._ext'
+CONFIGS = 'mmengine.config.config'
+PREFIX = 'dino_mm::'
 WAY_OUT = (
     '`make setup MMCV=build` in a checkout of dino_mm compiles them; elsewhere: '
     '`pip uninstall -y mmcv-lite`, then `pip install --no-build-isolation mmcv==2.1.0` with a C++ compiler.'
@@ -93,12 +99,74 @@ class Finder:
         module.__dict__.update(nms=nms, get_compiler_version=not_available, get_compiling_cuda_version=not_available)
 
 
+class ConfigFinder:
+    """Finds mmengine's module of configs as Python does, to call :func:`teach_names` on it; Python asks it first."""
+
+    marker = 'dino_mm.names'
+
+    @staticmethod
+    def find_spec(
+        fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """For mmengine's module alone."""
+        if fullname != CONFIGS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                teach_names(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def teach_names(module: types.ModuleType) -> None:
+    """Let mmengine read ``dino_mm::NAME`` in ``_base_`` and in its hub, for every name that ``dino_mm.cfg`` takes.
+
+    Its own code would demand a folder without a hyphen, setuptools before 82, and types of this package alone.
+
+    Args:
+        module: ``mmengine.config.config``, imported.
+    """
+    utils = sys.modules[module.__name__.rpartition('.')[0] + '.utils']
+    names = utils.MODULE2PACKAGE
+    if 'dino_mm' in names:
+        return
+    names['dino_mm'] = 'dino_mm'
+    get_path, split = module.Config._get_cfg_path, utils._get_package_and_cfg_path
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if not cfg_path.startswith(PREFIX):
+            return get_path(cfg_path, filename)
+        from dino_mm.shipped import cfg
+
+        return cfg(cfg_path[len(PREFIX) :]), None
+
+    def get_package_and_cfg_path(cfg_path: str) -> tuple[str, str]:
+        if not cfg_path.startswith(PREFIX):
+            return split(cfg_path)
+        from dino_mm.shipped import find
+
+        return 'dino_mm', find(cfg_path[len(PREFIX) :])
+
+    module.Config._get_cfg_path = staticmethod(get_cfg_path)
+    utils._get_package_and_cfg_path = get_package_and_cfg_path  # type: ignore[attr-defined]
+
+
 def is_standin(module: types.ModuleType) -> bool:
     """Whether ``module``, mmcv's ``_ext``, is this stand-in, from whichever copy of this file."""
     return getattr(module, '__standin__', None) == Finder.marker
 
 
 def install() -> None:
-    """Have Python find the stand-in; any number of times, and from any number of copies of this file."""
-    if not any(getattr(finder, 'marker', None) == Finder.marker for finder in sys.meta_path):
+    """Have Python find both; any number of times, and from any number of copies of this file."""
+    present = {getattr(finder, 'marker', None) for finder in sys.meta_path}
+    if Finder.marker not in present:
         sys.meta_path.append(Finder)
+    if CONFIGS in sys.modules:
+        teach_names(sys.modules[CONFIGS])
+    elif ConfigFinder.marker not in present:
+        sys.meta_path.insert(0, ConfigFinder)

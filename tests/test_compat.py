@@ -222,7 +222,7 @@ def test_a_new_python(version: tuple, messages: list[str], monkeypatch: pytest.M
     assert [str(warning.message) for warning in caught] == messages
 
 
-@pytest.mark.parametrize('name', ['__init__', 'compat', 'standin', 'version'])
+@pytest.mark.parametrize('name', ['__init__', 'cli', 'compat', 'shipped', 'standin', 'version', 'zoo'])
 def test_an_old_python_reads_what_comes_before_the_check(name: str) -> None:
     """Its annotations are not evaluated, and its grammar is that of 3.9."""
     text = (ROOT / 'dino_mm' / f'{name}.py').read_text()

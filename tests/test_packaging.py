@@ -1,14 +1,19 @@
 """The wheel carries configs and tools, and another project needs nothing but it and MMDetection."""
 
+import functools
 import json
+import re
 import shutil
 import subprocess
+import sys
+import threading
 import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import MMDET_TOOLS, ROOT, options, python, scalars
+from commands import MMDET_TOOLS, ROOT, TINY, options, python, run, scalars
 from packaging.requirements import Requirement
 
 import dino_mm
@@ -104,7 +109,7 @@ def test_standin_is_there_before_mmdet_is_imported(tmp_path: Path) -> None:
     code = "import sys, mmdet.evaluation; print('dino_mm' in sys.modules)"
     assert python('-c', code, cwd=tmp_path).stdout.splitlines()[-1] == 'False'
     code = 'import sys; print(*(getattr(f, "marker", "") for f in sys.meta_path))'
-    assert python('-c', code, cwd=tmp_path).stdout.split() == ['dino_mm.standin']
+    assert python('-c', code, cwd=tmp_path).stdout.split() == ['dino_mm.names', 'dino_mm.standin']
 
 
 def test_tools_run_from_the_installed_package(installed: Path, tmp_path: Path) -> None:
@@ -114,6 +119,77 @@ def test_tools_run_from_the_installed_package(installed: Path, tmp_path: Path) -
     code = "import dino_mm; print(dino_mm.cfg('dino-resnet/dino_r50_4scale_12ep.py'))"
     found = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip()
     assert found == str(installed / 'dino_mm/.mim/configs/dino-resnet/dino_r50_4scale_12ep.py')
+
+
+def test_wheel_brings_the_command(installed: Path, tmp_path: Path) -> None:
+    command = shutil.which('dino-mm', path=f'{installed / "bin"}:{Path(sys.executable).parent}')
+    assert command is not None
+    done = run(command, 'models', 'eva*', cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.stdout.splitlines()[1].split() == ['dino_eva_01_4scale_12ep', '-', 'no']
+
+
+@pytest.fixture(scope='module')
+def mim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with mim and what it imports, to be put on PYTHONPATH; its own requirements would change setuptools."""
+    target = tmp_path_factory.mktemp('mim')
+    install = [
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        '--quiet',
+        '--no-deps',
+        '--target',
+        str(target),
+        'openmim==0.3.9',
+    ]
+    install += ['setuptools<82', 'model-index', 'ordered-set', 'markdown', 'click', 'colorama', 'rich', 'tabulate']
+    install += [
+        'pandas<3',
+        'pytz',
+        'python-dateutil',
+        'six',
+        'requests',
+        'urllib3',
+        'idna',
+        'certifi',
+        'charset-normalizer',
+    ]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f'openmim cannot be installed here: {done.stderr[-300:]}')
+    return target
+
+
+@pytest.mark.slow
+def test_mim_finds_trains_and_tests_our_models(wheel: Path, mim: Path, tmp_path: Path) -> None:
+    """By the name of the distribution; it does not look for the module's."""
+    site = tmp_path / 'site'
+    python('-m', 'pip', 'install', '--no-deps', '--quiet', '--target', site, wheel)
+    served = tmp_path / 'served'
+    served.mkdir()
+    (served / 'dino_r50_4scale_12ep_49_2AP.pth').write_text('weights')
+    env = dict(cwd=tmp_path, PYTHONPATH=f'{mim}:{site}', HOME=str(tmp_path), NO_PROXY='*')
+    done = python('-m', 'mim', 'search', 'mmdet-dino', '--config', 'dino_r50_4scale_12ep', **env)
+    assert ['coco/box_ap', '49.2'] in [line.split() for line in done.stdout.splitlines()]
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        metafile = site / 'dino_mm/.mim/configs/dino-resnet/metafile.yml'
+        address = f'http://127.0.0.1:{server.server_port}/'
+        metafile.write_text(re.sub(r'https://github\S+/(?=dino_r50_4scale_12ep_49)', address, metafile.read_text()))
+        names = ('--config', 'dino_r50_4scale_12ep', '--dest', 'loaded')
+        python('-m', 'mim', 'download', 'mmdet-dino', *names, **env)
+        server.shutdown()
+    assert (tmp_path / 'loaded/dino_r50_4scale_12ep_49_2AP.pth').read_text() == 'weights'
+    assert (tmp_path / 'loaded/dino_r50_4scale_12ep.py').is_file()
+    make_digits(tmp_path / 'data/digits', num_train=4, num_val=2)
+    quick = ('--gpus', '0', *options(TINY | {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2}))
+    python('-m', 'mim', 'train', 'mmdet-dino', 'dino_digits.py', '--work-dir', 'runs', *quick, **env)
+    done = python('-m', 'mim', 'test', 'mmdet-dino', 'dino_digits.py', '--checkpoint', 'runs/iter_2.pth', *quick, **env)
+    assert 'coco/bbox_mAP:' in done.stdout + done.stderr
+    done = python('-m', 'mim', 'train', 'dino_mm', 'dino_digits.py', *quick, status=1, **env)
+    assert "Can't determine a unique package given abbreviation dino_mm" in done.stderr
 
 
 @pytest.mark.slow
