@@ -195,9 +195,11 @@ def largest_batch(peak: Callable[[int], Peak], budget: int) -> int:
     if one > budget:
         return 0
     images = 1 + (budget - one) // max(two - one, 1)
-    while peak(images).total > budget:
-        images -= 1
-    return images
+    low, high = 1, images + 1  # what fits, and what does not
+    while high - low > 1:
+        low, high = (images, high) if peak(images).total <= budget else (low, images)
+        images = (low + high) // 2
+    return low
 
 
 def usable(gpu_bytes: int) -> int:
