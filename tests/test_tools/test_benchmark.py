@@ -251,7 +251,7 @@ def test_training_step_and_inference(tmp_path: Path) -> None:
         assert len(measures[work]['runs']['ours']) == len(measures[work]['runs']['mmdet']) == 2
         assert measures[f'{work}, operator calls, forward']['ratio'] < 1
     assert measures['training step, host waits, forward']['ours'] == 1
-    assert measures['training step, host waits, forward']['mmdet'] == 110
+    assert measures['training step, host waits, forward']['mmdet'] == 171
     assert measures['training step, host waits, forward']['kinds']['mmdet'][LABEL_CHECK] == 10
     rows = [line for line in done.stdout.splitlines() if line.startswith(('inference', 'training'))]
     assert [row.split('  ')[0] for row in rows] == [m['name'] for m in result['measures'] if m['shown']]
