@@ -3,8 +3,8 @@
 The repository keeps ``configs/``, ``tools/`` and ``model-index.yml`` at its top level. MIM, and other projects that
 inherit our configs, look for them in ``dino_mm/.mim/``: a wheel carries copies there, an editable install links.
 
-``mmdet_dino.pth`` makes each start of Python stand in for the operators that mmcv-lite lacks, so that MMDetection's own
-tools run.
+``mmdet_dino.pth`` makes each start of Python stand in for the operators that mmcv-lite lacks, and teaches mmengine our
+names, so that MMDetection's own tools run.
 """
 
 import os

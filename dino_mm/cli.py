@@ -133,7 +133,7 @@ def _run(name: str) -> int:
     module = sys.modules['__main__'] = ModuleType('__main__')
     module.__file__ = str(tool)
     try:
-        exec(compile(tool.read_text(), tool, 'exec'), module.__dict__)
+        exec(compile(tool.read_bytes(), tool, 'exec'), module.__dict__)
     except UnknownConfigError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
