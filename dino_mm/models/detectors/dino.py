@@ -36,11 +36,9 @@ class DINO(DetectionTransformer):
     Every part is a config. The detector hands ``embed_dims``, ``num_feature_levels``, ``num_queries`` and the head's
     ``num_classes`` down, so each is stated once.
 
-    To compile, ``model.backbone.compile(fullgraph=True)`` and ``model.forward_transformer =
-    torch.compile(model.forward_transformer, fullgraph=True)``: neither has a graph break, in training either; but on a
-    GPU leave out the second ``fullgraph``, as torch cannot look into mmcv's operator. Batches padded to one size need
-    no new graphs: ``data_preprocessor.pad_size_divisor`` of at least the longest edge, or for training mmdet's
-    ``BatchFixedSizePad`` among ``batch_augments``. More padding means slightly other predictions, as in detrex: the
+    ``dino_mm.CompileHook``, or ``--compile`` of our tools, compiles it part by part. Batches padded to one size need no
+    new graphs: ``data_preprocessor.pad_size_divisor`` of at least the longest edge, or for training
+    ``dino_mm.PadToBuckets`` among ``batch_augments``. More padding means slightly other predictions, as in detrex: the
     backbone sees its zeros, and the decoder's positions are relative to the padded size.
 
     Args:
