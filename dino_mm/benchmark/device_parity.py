@@ -15,10 +15,11 @@ import torch
 from mmdet.structures import SampleList
 from torch import Tensor
 
+from dino_mm.engine.compilation import compile_detector
 from dino_mm.registry import MODELS
 
 from .comparison import make_batch, read_config
-from .gpu_parts import R50, Plan, Row, compile_model
+from .gpu_parts import R50, Plan, Row
 
 SWIN = 'dino-swin/dino_swin_tiny_224_4scale_12ep.py'
 INTERNIMAGE = 'dino-internimage/dino_internimage_tiny_4scale_12ep.py'
@@ -57,7 +58,7 @@ def use_channels_last(model: Any) -> None:
 WAYS: dict[str, Callable[[Any, Plan], Any]] = {
     'eager': lambda model, plan: None,
     'channels last': lambda model, plan: use_channels_last(model),
-    'and compiled': lambda model, plan: compile_model(model, plan.parity_compiler),
+    'and compiled': lambda model, plan: compile_detector(model, backend=plan.parity_compiler),
 }
 
 
