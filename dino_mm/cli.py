@@ -149,7 +149,3 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, 2, 0.5)
     hint = f'did you mean {" or ".join(close)}?' if close else f'there are {", ".join(COMMANDS)}.'
     return f'error: {PROGRAM} has no command {name!r}; {hint}'
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

@@ -132,11 +132,13 @@ def teach_names(module: types.ModuleType) -> None:
         module: ``mmengine.config.config``, imported.
     """
     utils = sys.modules[module.__name__.rpartition('.')[0] + '.utils']
-    names = utils.MODULE2PACKAGE
+    try:
+        names, get_path, split = utils.MODULE2PACKAGE, module.Config._get_cfg_path, utils._get_package_and_cfg_path
+    except AttributeError:  # another mmengine, which is not to fail for the sake of our names
+        return
     if 'dino_mm' in names:
         return
     names['dino_mm'] = 'dino_mm'
-    get_path, split = module.Config._get_cfg_path, utils._get_package_and_cfg_path
 
     def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if not cfg_path.startswith(PREFIX):

@@ -155,7 +155,7 @@ def _class_names(config: Config, contents: Contents | None, wanted: int | None) 
     from .checkpoints.classes import COCO_CLASSES, classes_of_rows
     from .checkpoints.errors import CheckpointError
 
-    number = wanted or config.model.bbox_head.num_classes
+    number = config.model.bbox_head.num_classes if wanted is None else wanted
     if contents is not None:
         number = _num_rows(config, contents)
         if wanted not in (None, number):

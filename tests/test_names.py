@@ -1,8 +1,11 @@
 """The names that users import and type, each in a process of its own where another library reads it."""
 
 import importlib
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import dino_mm
+from dino_mm import standin
 from dino_mm.registry import MODELS
 
 R50 = 'dino_r50_4scale_12ep'
@@ -99,6 +103,13 @@ print(Config.fromfile('own.py').model.type, utils.MODULE2PACKAGE['dino_mm'])
 """
     done = python('-S', '-c', code, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.stdout.splitlines()[-1] == 'dino_mm.DINO dino_mm'
+
+
+def test_another_mmengine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'other.config.utils', SimpleNamespace(MODULE2PACKAGE={}))
+    module = SimpleNamespace(__name__='other.config.config', Config=SimpleNamespace())
+    standin.teach_names(module)
+    assert vars(module.Config) == sys.modules['other.config.utils'].MODULE2PACKAGE == {}
 
 
 def test_our_scope_has_mmdets_types_too(tiny_cfg: ConfigDict) -> None:
