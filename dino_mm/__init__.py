@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from .datasets import CheckedCocoDataset, LoadImageFromFile, ResizeShortestEdge
     from .engine import (
         CheckRunHook,
+        CompileHook,
         DetVisualizationHook,
         EpochBasedTrainLoop,
         IterBasedTrainLoop,
         LoadCheckpointHook,
         ParamGroupConstructor,
+        compile_detector,
     )
     from .evaluation import CheckedCocoMetric
     from .models import (
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         LearnedQueries,
         MixedQuerySelector,
         NormalizedGIoULoss,
+        PadToBuckets,
         PureQuerySelector,
         SetCriterion,
         SimpleFeaturePyramid,
@@ -52,6 +55,7 @@ __all__ = [
     'CheckedCocoDataset',
     'CheckedCocoMetric',
     'CheckpointError',
+    'CompileHook',
     'DINODecoder',
     'DINOEncoder',
     'DINOHead',
@@ -66,6 +70,7 @@ __all__ = [
     'LoadImageFromFile',
     'MixedQuerySelector',
     'NormalizedGIoULoss',
+    'PadToBuckets',
     'ParamGroupConstructor',
     'PureQuerySelector',
     'ResizeShortestEdge',
@@ -77,6 +82,7 @@ __all__ = [
     'ViTDet',
     '__version__',
     'cfg',
+    'compile_detector',
     'get_config',
     'get_model',
     'list_models',
