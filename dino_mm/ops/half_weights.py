@@ -44,7 +44,8 @@ def call_with_half_weights(module: nn.Module, *args: Any) -> Any:
     """
     weights = {} if is_looked_into() else _weights(module)
     device = next(iter(weights.values())).device.type if weights else 'cpu'
-    if not weights or not hasattr(torch, 'get_autocast_dtype') or not torch.is_autocast_enabled(device):
+    known = hasattr(torch, 'get_autocast_dtype') and torch.amp.is_autocast_available(device)  # not on `meta`
+    if not (weights and known and torch.is_autocast_enabled(device)):
         return module(*args)
     halves = _Cast.apply(torch.get_autocast_dtype(device), *weights.values())
     return functional_call(module, dict(zip(weights, halves, strict=True)), args)

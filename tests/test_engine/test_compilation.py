@@ -186,6 +186,7 @@ def compiled(**more: Any) -> dict[str, Any]:
     return TINY | {'default_hooks.compile.backend': 'aot_eager', **more}
 
 
+@pytest.mark.slow
 def test_training_averages_resumes_and_tests_compiled(data: Path, tmp_path: Path) -> None:
     """Weights, averages and losses of four iterations are those of a training that is not compiled."""
     settings = compiled(**{'default_hooks.ema.type': 'EMAHook'}) | data_options(data)

@@ -27,6 +27,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path: Path, tool: ModuleType) -> None:
     out = tmp_path / 'report.json'
     done = python(TOOL, '--small', '--out', out)

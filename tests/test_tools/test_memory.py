@@ -122,6 +122,7 @@ def test_a_step_of_a_tiny_model() -> None:
     assert plain.model == weights + 2 * trained
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table(tmp_path: Path) -> None:
     out = tmp_path / 'report.json'
     arguments = ('--memory', CONFIG, '--gpu-memory', '1.13', '--size', '64x96', '--out', out)
