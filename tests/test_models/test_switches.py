@@ -266,7 +266,8 @@ def test_a_detector_is_compiled_ahead_of_time(tiny_cfg: Config, tmp_path: Path) 
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'detector.pt2'))
         loaded = torch._inductor.aoti_load_package(path)
         for example in (inputs, torch.randn_like(inputs)):
-            torch.testing.assert_close(tuple(loaded(example)), detector(example), rtol=0, atol=1e-8)
+            # Proposals are float32, and its logarithm is off by 2.4e-7 in compiled code.
+            torch.testing.assert_close(tuple(loaded(example)), detector(example), rtol=0, atol=1e-6)
 
 
 # Memory format
