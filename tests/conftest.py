@@ -14,6 +14,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 import dino_mm
+from dino_mm.models import DINO
+from dino_mm.registry import MODELS
 
 torch.set_num_threads(2)
 
@@ -84,3 +86,12 @@ def make_samples(
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(5, (count,)))
         samples.append(sample)
     return inputs, samples
+
+
+def build_detector(cfg: Config) -> DINO:
+    """A detector in float64 whose head has some effect; the same random numbers come after it every time."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg).double()
+    for parameter in model.bbox_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import TINY, data_options, options, python, scalars
+from conftest import build_detector as build
 from conftest import make_samples
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from torch._dynamo.utils import counters
 from dino_mm.datasets.digits import make_digits
 from dino_mm.engine.compilation import backbone_parts, compile_detector
 from dino_mm.models import DINO
-from dino_mm.registry import MODELS
 
 CONFIG = 'configs/dino-demo/dino_digits.py'
 #: No two the same, with padding.
@@ -38,15 +38,6 @@ def _fresh_dynamo() -> Iterator[None]:
     yield
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
-
-
-def build(cfg: Config) -> DINO:
-    """In float64, all parts with some effect."""
-    torch.manual_seed(0)
-    model = MODELS.build(cfg).double()
-    for parameter in model.bbox_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def training_step(model: DINO, sizes: tuple) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_detector as build
 from conftest import make_samples
 from mmdet.models import DetDataPreprocessor
 from mmdet.structures import DetDataSample
@@ -17,18 +18,8 @@ from dino_mm.models import DINO
 from dino_mm.models.layers.attention import DeformableAttention
 from dino_mm.models.layers.tokens import measure_levels
 from dino_mm.models.structures import collate_targets
-from dino_mm.registry import MODELS
 
 PADDED = ((64, 96), (48, 64))
-
-
-def build(cfg: Config) -> DINO:
-    """In float64; every run from the same random numbers, so that dropout and noise are too."""
-    torch.manual_seed(0)
-    model = MODELS.build(cfg).double()
-    for parameter in model.bbox_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def training_step(model: DINO) -> dict[str, Tensor]:

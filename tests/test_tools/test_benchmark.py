@@ -28,23 +28,14 @@ from dino_mm.benchmark.comparison import (
     mmdet_config,
     our_config,
 )
+from dino_mm.benchmark.gpu_parts import SMALL
 from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
 from dino_mm.models.task_modules import hungarian_matcher
 
 TOOL = 'tools/benchmark.py'
 CPU = torch.device('cpu')
-TINY = {
-    'model.backbone.depth': 18,
-    'model.backbone.base_channels': 8,
-    'model.neck.in_channels': '[16,32,64]',
-    'model.encoder.num_layers': 1,
-    'model.decoder.num_layers': 2,
-    'model.encoder.feedforward_channels': 32,
-    'model.decoder.feedforward_channels': 32,
-    'model.num_queries': 20,
-    'model.bbox_head.num_classes': 5,
-    'model.test_cfg.max_per_img': 10,
-}
+#: The model of `tools/gpu_report.py --small`, as options of a command.
+TINY = SMALL.base.cfg_options | {'model.neck.in_channels': '[16,32,64]'}
 RUN = ('--size', '64x96', '--threads', '1', '--repeats', '2')
 
 
