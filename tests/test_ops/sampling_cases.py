@@ -53,4 +53,4 @@ def output_and_grads(function, inputs: Inputs, levels: FeatureLevels) -> list[Te
 
 def direction_of(output: Tensor) -> Tensor:
     """Gradient of some loss, different everywhere."""
-    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)

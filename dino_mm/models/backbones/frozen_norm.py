@@ -24,8 +24,10 @@ class _FrozenNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight = ctx.saved_tensors
         # torch's own gradient, of the input alone, for which it does not read the input: the gradient stands in for it.
+        # On a GPU it demands statistics of the batch, and takes empty ones for none.
+        none = weight.new_empty(0)
         grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
-            grad, grad, weight, mean, var, None, None, False, ctx.eps, [True, False, False]
+            grad, grad, weight, mean, var, none, none, False, ctx.eps, [True, False, False]
         )
         return grad_x, None, None, None, None, None
 
