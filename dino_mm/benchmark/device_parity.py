@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from mmdet.structures import SampleList
 from torch import Tensor
@@ -116,7 +115,8 @@ def golden_cases(goldens: ModuleType) -> Iterator[Case]:
             expected = {our_name(key): torch.tensor(value).double() for key, value in golden['losses'].items()}
         else:
             keys = {'scores': 'det_scores', 'labels': 'det_labels', 'bboxes': 'det_boxes'}
-            expected = {key: torch.from_numpy(np.asarray(golden[of])).double() for key, of in keys.items()}
+            # The repository's part of the goldens leaves some boxes out.
+            expected = {key: torch.from_numpy(golden[of]).double() for key, of in keys.items() if of in golden}
         yield Case(name, model, inputs, samples, case is not None, expected)
 
 

@@ -138,8 +138,7 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(0)
         with self.autocast(precision):
-            losses = self.model.loss(*batch)
-            total = sum(value for name, value in losses.items() if 'loss' in name)
+            total, _ = self.model.parse_losses(self.model(*batch, mode='loss'))
         (total * precision.loss_scale).backward()
 
     def step(self, batch: Batch, precision: Precision) -> None:
@@ -152,7 +151,7 @@ class Trainee:
     def detect(self, batch: Batch, precision: Precision) -> SampleList:
         """Detections of the batch."""
         with torch.no_grad(), self.autocast(precision):
-            return self.model.predict(*batch)
+            return self.model(*batch, mode='predict')
 
     def autocast(self, precision: Precision) -> AbstractContextManager:
         """The context of a forward pass."""

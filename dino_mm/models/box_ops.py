@@ -3,7 +3,6 @@
 import math
 
 import torch
-from mmdet.models.layers.transformer.utils import inverse_sigmoid
 from torch import Tensor
 
 #: Boxes are kept this far from 0 and 1 in logit space. mmdet's heads use 1e-5; a checkpoint trained with one does
@@ -50,27 +49,40 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 def box_logits(boxes: Tensor) -> Tensor:
     """Logits of ``boxes`` (..., 4) in [0, 1], cut off at ``REFERENCE_EPS``."""
-    return inverse_sigmoid(boxes, eps=REFERENCE_EPS)
+    share, rest = _shares(boxes)
+    return (share / rest).log()
 
 
 def cut_off(boxes: Tensor) -> Tensor:
     """``box_logits(boxes).sigmoid()``, without either."""
-    share, rest = boxes.clamp(REFERENCE_EPS, 1.0), (1 - boxes).clamp(REFERENCE_EPS, 1.0)
+    share, rest = _shares(boxes)
     return share / (share + rest)
 
 
-def encode_boxes(boxes: Tensor, num_feats: int) -> Tensor:
-    """Sines and cosines in turns of y, x, width and height: boxes (..., 4), cxcywh, to (..., 4 * num_feats).
+def _shares(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    return boxes.clamp(REFERENCE_EPS, 1.0), (1 - boxes).clamp(REFERENCE_EPS, 1.0)
 
-    A coordinate in [0, 1] is encoded with ``num_feats / 2`` wavelengths from 1 to 10000.
+
+def wavelengths(num_feats: int, device: torch.device, temperature: float = 10000) -> Tensor:
+    """The ``num_feats / 2`` lengths of a sine encoding, from 1 to ``temperature``."""
+    # float32 whatever is encoded: its rounding is part of trained models.
+    steps = torch.arange(0, num_feats, 2, device=device, dtype=torch.float32)
+    return temperature ** (steps / num_feats)
+
+
+def sine_encoding(coordinates: Tensor, wavelengths: Tensor) -> Tensor:
+    """Sines and cosines in turns: (..., n) to (..., n * 2 * num_wavelengths)."""
+    angles = coordinates[..., None] / wavelengths
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+
+
+def encode_boxes(boxes: Tensor, wavelengths: Tensor) -> Tensor:
+    """The sine encoding of y, x, width and height of boxes (..., 4), cxcywh in [0, 1].
 
     Source: DAB-DETR, section 4.2; the order of the coordinates is that of its code.
     """
-    # float32 whatever the boxes are: its rounding is part of trained models.
-    steps = torch.arange(0, num_feats, 2, device=boxes.device, dtype=torch.float32)
-    coordinates = torch.cat([boxes[..., :2].flip(-1), boxes[..., 2:]], -1)
-    angles = coordinates[..., None] * (2 * math.pi) / 10000 ** (steps / num_feats)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
+    x, y, width, height = boxes.unbind(-1)
+    return sine_encoding(torch.stack([y, x, width, height], -1) * (2 * math.pi), wavelengths)
 
 
 def refine_boxes(delta: Tensor, reference: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class FeatureLevels(NamedTuple):
     start_index: Tensor
     """(num_levels,), index of each level's first token."""
     sizes: Tensor
-    """(num_levels, 2), (width, height) of every level."""
+    """(num_levels, 2) float32, (width, height) of every level."""
     valid_ratios: Tensor
     """(bs, num_levels, 2), part of the (width, height) that is image, not padding."""
 

@@ -1,11 +1,12 @@
-"""Weights in half precision, cast all at once."""
+"""What autocast casts, cast at once: the weights of a forward pass, and inputs of several layers."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from .tracing import is_looked_into
 
@@ -36,30 +37,87 @@ def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
-def call_with_half_weights(module: nn.Module, *args: Any) -> Any:
-    """``module(*args)``; under autocast, with its weights cast beforehand and all at once.
+class _Place(NamedTuple):
+    """Where a module keeps a weight."""
+
+    parameters: dict[str, Any]
+    name: str
+    weight: Tensor
+
+
+@contextmanager
+def half_weights(module: nn.Module) -> Iterator[None]:
+    """Under autocast, have the weights of ``module`` in half precision while the context is open.
 
     The values are those of autocast, which starts a kernel for each weight, and another for its gradient: together a
-    fifth of those of a training step. Compiled code, and torch before 2.4, leave it to autocast.
+    fifth of those of a training step. Here one kernel serves a child of ``module``, so that the gradients of the later
+    children are ready, and can be sent to other processes, while the earlier ones are computed. Compiled parts, and
+    torch before 2.4, leave it to autocast.
     """
-    weights = {} if is_looked_into() else _weights(module)
-    device = next(iter(weights.values())).device.type if weights else 'cpu'
-    known = hasattr(torch, 'get_autocast_dtype') and torch.amp.is_autocast_available(device)  # not on `meta`
-    if not (weights and known and torch.is_autocast_enabled(device)):
-        return module(*args)
-    halves = _Cast.apply(torch.get_autocast_dtype(device), *weights.values())
-    return functional_call(module, dict(zip(weights, halves, strict=True)), args)
+    weight = next(module.parameters(), None)
+    dtype = None if weight is None else _autocast_dtype(weight.device.type)
+    if dtype is None:
+        yield
+        return
+    parts = list(filter(None, map(_places, module.children())))
+    try:
+        for places in parts:
+            _put(places, _Cast.apply(dtype, *(place.weight for place in places)))
+        yield
+    finally:
+        for places in parts:
+            _put(places, [place.weight for place in places])
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Those float32 weights that autocast would cast, by name; none where a part is compiled."""
-    children = dict(module.named_modules())
-    if any(child._compiled_call_impl or hasattr(child, '_orig_mod') for child in children.values()):
-        return {}
-    return {
-        f'{path}.{name}' if path else name: weight
-        for path, child in children.items()
-        if isinstance(child, nn.Linear) or type(child) in (nn.Conv2d, nn.MultiheadAttention)
-        for name, weight in child.named_parameters(recurse=False)
-        if weight.dtype is torch.float32
-    }
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in the precision in which autocast runs linear layers: one cast for several that take it."""
+    dtype = _autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype is torch.float64 else x.to(dtype)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """Autocast's precision on this type of device; None where it is off, or left to work by itself."""
+    if is_looked_into() or not hasattr(torch, 'get_autocast_dtype') or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def with_its_weights(module: nn.Module) -> Callable[..., Any]:
+    """``module`` with the half weights it has now, for code that calls it again when the context has closed."""
+    halves = [
+        _Place(child._parameters, name, weight)
+        for child in module.modules()
+        for name, weight in child._parameters.items()
+        if weight is not None and not isinstance(weight, nn.Parameter)
+    ]
+
+    def call(*args: Any) -> Any:
+        before = [place.parameters[place.name] for place in halves]
+        _put(halves, [place.weight for place in halves])
+        try:
+            return module(*args)
+        finally:
+            _put(halves, before)
+
+    return call if halves else module
+
+
+def _put(places: list[_Place], weights: Any) -> None:
+    # Past `setattr`, which takes parameters only, and longer.
+    for place, weight in zip(places, weights, strict=True):
+        place.parameters[place.name] = weight
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """Where ``module`` has float32 weights that autocast would cast; compiled parts are left out."""
+    if module._compiled_call_impl is not None or '_orig_mod' in module._modules:
+        return []
+    found = []
+    if isinstance(module, nn.Linear) or type(module) in (nn.Conv2d, nn.MultiheadAttention):
+        for name, weight in module._parameters.items():
+            if isinstance(weight, nn.Parameter) and weight.dtype is torch.float32:
+                found.append(_Place(module._parameters, name, weight))
+    for child in module._modules.values():
+        if child is not None:
+            found += _places(child)
+    return found

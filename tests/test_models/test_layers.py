@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import nn
 
-from dino_mm.models.box_ops import box_logits, center_size, cut_off, encode_boxes
+from dino_mm.models.box_ops import box_logits, center_size, cut_off, encode_boxes, wavelengths
 from dino_mm.models.layers.attention import DeformableAttention, SelfAttention
 from dino_mm.models.layers.denoising import CDNGenerator, noise_boxes, noise_labels, visible_queries
 from dino_mm.models.layers.query_selector import encoder_proposals
@@ -151,7 +151,7 @@ def test_deformable_attention_equals_mmcvs_forward():
 def test_encoding_of_boxes_equals_mmdets(num_feats):
     boxes = torch.rand(2, 7, 4, dtype=torch.float64)
     expected = coordinate_to_encoding(boxes, num_feats=num_feats)
-    torch.testing.assert_close(encode_boxes(boxes, num_feats), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(encode_boxes(boxes, wavelengths(num_feats, boxes.device)), expected, rtol=0, atol=1e-14)
 
 
 def test_center_and_size_equal_mmdets():

@@ -308,7 +308,11 @@ def test_padding_to_a_fixed_size_is_masked(options: dict, training: bool, shape:
     inputs, samples = preprocess(options, training)
     boxes = [sample.gt_instances.bboxes for sample in samples]
     assert inputs.shape[-2:] == shape
-    _, (mask, coarse), sizes = measure_levels([inputs, inputs[..., ::16, ::16]], samples)
+    maps = [inputs, inputs[..., ::16, ::16]]
+    levels, _, padding = measure_levels(maps, samples)
+    parts = padding.split([x.shape[2] * x.shape[3] for x in maps], 1)
+    mask, coarse = (part.view(-1, *x.shape[2:]) for part, x in zip(parts, maps, strict=True))
+    sizes = levels.valid_ratios * levels.sizes
     assert torch.equal(mask, inputs[:, 0] == 0)  # every pixel of the images is 1, of the padding 0
     assert torch.equal(coarse, mask[:, ::16, ::16])
     assert sizes.tolist() == [[[96, 64], [6, 4]], [[64, 48], [4, 3]]]

@@ -1,6 +1,7 @@
 """Weights that are cast at once give what autocast gives, bit by bit."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from dino_mm.benchmark.profiling import OperatorCounter
 from dino_mm.models import DINO
+from dino_mm.models.dense_heads import dino_head
 from dino_mm.models.detectors import dino
-from dino_mm.models.layers import transformer
-from dino_mm.ops.half_weights import call_with_half_weights
+from dino_mm.models.layers import attention
+from dino_mm.ops.half_weights import as_autocast, half_weights, with_its_weights
 from dino_mm.registry import MODELS
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='before torch 2.4 autocast casts')
@@ -38,7 +40,9 @@ class Network(nn.Module):
 def run(network: nn.Module, image: Tensor, half: bool) -> tuple[list[Tensor | None], list[Counter[str]]]:
     """Output and gradients; operator calls of both passes."""
     with OperatorCounter() as forward, torch.autocast('cpu', torch.bfloat16):
-        output = call_with_half_weights(network, image) if half else network(image)
+        # The context serves the children of a model, one by one.
+        with half_weights(nn.ModuleList([network])) if half else nullcontext():
+            output = network(image)
     with OperatorCounter() as backward:
         output.float().square().sum().backward()
     return [output.detach(), *(p.grad for p in network.parameters())], [forward.calls, backward.calls]
@@ -62,15 +66,46 @@ def test_values_and_gradients_are_autocasts() -> None:
     assert calls[1][1]['convolution_backward'] == calls[0][1]['convolution_backward'] == 1
 
 
-def test_without_autocast_or_compiled_the_module_is_called_as_it_is() -> None:
-    network, image = Network(), torch.randn(1, 3, 9, 9)
-    with OperatorCounter() as counter:
-        expected = call_with_half_weights(network, image)
-    assert torch.equal(expected, network(image))
-    network.compile(backend='eager')
-    with OperatorCounter() as compiled, torch.autocast('cpu', torch.bfloat16):
-        call_with_half_weights(network, image)
-    assert counter.calls['_foreach_copy_'] == compiled.calls['_foreach_copy_'] == 0
+def test_without_autocast_or_compiled_weights_stay() -> None:
+    model, image = nn.Sequential(Network()), torch.randn(1, 3, 9, 9)
+    with half_weights(model):
+        assert isinstance(model[0].shared.weight, nn.Parameter)
+    model[0].attn.compile(backend='eager')
+    with torch.autocast('cpu', torch.bfloat16), half_weights(model):
+        assert model[0].shared.weight.dtype is torch.bfloat16
+        assert model[0].attn.in_proj_weight.dtype is model[0].attn.out_proj.weight.dtype is torch.float32
+    model = nn.Sequential(torch.compile(Network(), backend='eager'))
+    with torch.autocast('cpu', torch.bfloat16), half_weights(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert as_autocast(image) is image
+
+
+def test_afterwards_all_is_as_before() -> None:
+    """After an error, and where contexts nest, too."""
+    model = nn.Sequential(Network(), nn.Linear(2, 2))
+    before = dict(model.named_parameters())
+    with pytest.raises(ZeroDivisionError), torch.autocast('cpu', torch.bfloat16), half_weights(model):
+        halves = model[0].conv.weight
+        with half_weights(model):
+            assert model[0].conv.weight is halves
+        assert model[0].conv.weight is halves
+        1 / 0  # noqa: B018
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_what_is_called_again_has_the_weights_of_the_first_call() -> None:
+    model, image = nn.Sequential(Network()), torch.randn(1, 3, 9, 9)
+    assert with_its_weights(model[0]) is model[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        with half_weights(model):
+            again, expected = with_its_weights(model[0]), model[0](image)
+        with OperatorCounter() as counter:
+            assert torch.equal(again(image), expected)
+        assert not counter.calls['_foreach_copy_']
+        assert counter.calls['_to_copy'] < 10
+    assert isinstance(model[0].conv.weight, nn.Parameter)
 
 
 @pytest.mark.parametrize('num_cp', [0, 1])
@@ -78,22 +113,31 @@ def test_a_training_step_is_autocasts(num_cp: int, monkeypatch: pytest.MonkeyPat
     """Recomputed layers too."""
     cfg = tiny_model_cfg()
     cfg.encoder.num_cp = cfg.decoder.num_cp = num_cp
+    shared, _ = training_step(cfg)
+    for user in (attention, dino_head):
+        monkeypatch.setattr(user, 'as_autocast', lambda x: x)
     half, casts = training_step(cfg)
-    for module in (dino, transformer):
-        monkeypatch.setattr(module, 'call_with_half_weights', lambda part, *args: part(*args))
+    monkeypatch.setattr(dino, 'half_weights', lambda model: nullcontext())
     plain, none = training_step(cfg)
     torch.testing.assert_close(half, plain, rtol=0, atol=0)
-    # Backbone, neck, a layer of the encoder, two of the decoder.
-    assert (casts, none) == (5, 0)
+    # Inputs that are cast once have the sum of their gradients rounded, those that autocast casts each summand.
+    exact, _ = training_step(cfg, torch.float32)
+    errors = [
+        torch.stack([(found[name] - value).norm() / value.norm().clamp(min=1e-6) for name, value in exact.items()])
+        for found in (shared, plain)
+    ]
+    assert errors[0].median() < 1.1 * errors[1].median() < 0.1
+    # Backbone, neck, encoder, decoder, query selector, head.
+    assert (casts, none) == (6, 0)
 
 
-def training_step(cfg: dict) -> tuple[dict[str, Tensor], int]:
+def training_step(cfg: dict, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], int]:
     """Losses and gradients under autocast, and how often the forward pass casts many tensors at once."""
     torch.manual_seed(0)
     model: DINO = MODELS.build(cfg)
     inputs, samples = make_samples((2, 1), sizes=((64, 96), (48, 64)))
-    with OperatorCounter() as counter, torch.autocast('cpu', torch.bfloat16):
-        losses = model.loss(inputs, samples)
+    with OperatorCounter() as counter, torch.autocast('cpu', torch.bfloat16, dtype is torch.bfloat16):
+        losses = model(inputs, samples, mode='loss')
     sum(losses.values()).backward()
     found = {k: v.detach() for k, v in losses.items()} | {k: p.grad for k, p in model.named_parameters()}
     return found, counter.calls['_foreach_copy_']

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ...ops.half_weights import as_autocast
 from ...ops.tracing import is_looked_into
 from ...ops.transfer import to_device
 from ..box_ops import refine_boxes
@@ -104,8 +105,9 @@ class DINOHead(BaseModule):
         self, layers: Sequence[int], hidden_states: Tensor, references: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, of some layers; float32 or wider, so that losses and costs are, under autocast too."""
-        scores = torch.stack([self.cls_branches[i](hidden_states[i]) for i in layers])
-        deltas = torch.stack([self.reg_branches[i](hidden_states[i]) for i in layers])
+        states = as_autocast(hidden_states)
+        scores = torch.stack([self.cls_branches[i](states[i]) for i in layers])
+        deltas = torch.stack([self.reg_branches[i](states[i]) for i in layers])
         boxes = refine_boxes(deltas, torch.stack([references[i] for i in layers]))
         return scores.to(boxes.dtype), boxes
 

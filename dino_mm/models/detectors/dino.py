@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load, loading
-from ...ops.half_weights import call_with_half_weights
+from ...ops.half_weights import half_weights
 from ..backbones.frozen_norm import use_frozen_norms
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
@@ -161,6 +161,11 @@ class DINO(DetectionTransformer):
         with loading(self, strict):
             return super().load_state_dict(state_dict, strict, assign)
 
+    def forward(self, inputs: Tensor, data_samples: OptSampleList = None, mode: str = 'tensor') -> Any:
+        """As mmdet's: ``loss``, ``predict`` or what the head's ``forward`` gives; what runners call."""
+        with half_weights(self):
+            return super().forward(inputs, data_samples, mode)
+
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of a batch of images (bs, 3, height, width), normalised and padded at the bottom and right."""
         targets = collate_targets(batch_data_samples, self.bbox_head.num_classes)
@@ -168,11 +173,26 @@ class DINO(DetectionTransformer):
         head_inputs = self.forward_transformer(img_feats, batch_data_samples, targets)
         return self.bbox_head.loss(**head_inputs, targets=targets)
 
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As mmengine's: the sum of all losses, and the values to log; in few kernels, for there are many losses."""
+        if not all('loss' in name and isinstance(loss, Tensor) and loss.dim() == 0 for name, loss in losses.items()):
+            return super().parse_losses(losses)
+        values = torch.stack(list(losses.values()))
+        total = values.sum()
+        return total, dict(zip(['loss', *losses], [total, *values.detach().unbind()], strict=True))
+
+    def predict(self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True) -> SampleList:
+        """The data samples with detections as ``pred_instances``, see :meth:`DINOHead.predict_by_feat`."""
+        # The feature maps have no name here, so they go as soon as they are tokens.
+        head_inputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples)
+        results = self.bbox_head.predict(**head_inputs, batch_data_samples=batch_data_samples, rescale=rescale)
+        return self.add_pred_to_datasample(batch_data_samples, results)
+
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """The neck's feature maps (bs, dim, height, width) of a batch of images (bs, 3, height, width)."""
         if self.channels_last:
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
-        return call_with_half_weights(self.neck, call_with_half_weights(self.backbone, batch_inputs))
+        return self.neck(self.backbone(batch_inputs))
 
     def forward_transformer(
         self,
@@ -182,6 +202,7 @@ class DINO(DetectionTransformer):
     ) -> dict:
         """From feature maps to what the head takes; with ``targets``, what its ``loss`` takes besides."""
         tokens = self.pre_transformer(img_feats, batch_data_samples)
+        del img_feats
         memory = self.forward_encoder(tokens)
         selection, denoising = self.pre_decoder(memory, tokens, targets)
         states = self.forward_decoder(memory, tokens, selection, denoising)

@@ -6,6 +6,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
 from ...ops.deformable_sampling import sample_levels
+from ...ops.half_weights import as_autocast
 from ..structures import FeatureLevels
 
 
@@ -97,7 +98,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
         """
         bs, num_queries, _ = query.shape
         points = (bs, num_queries, self.num_heads, self.num_levels, self.num_points)
-        located = query + query_pos
+        located = as_autocast(query + query_pos)
         offsets = self.sampling_offsets(located).view(*points, 2)
         weights = self.attention_weights(located).view(*points[:3], -1).softmax(-1).view(points)
         locations = self.sampling_locations(offsets, reference, levels)
@@ -116,6 +117,6 @@ class DeformableAttention(MultiScaleDeformableAttention):
         """
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            return reference + offsets / levels.sizes[:, None]
+            return torch.addcdiv(reference, offsets, levels.sizes[:, None])
         centers, sizes = reference.split(2, -1)
-        return centers + offsets * (sizes * (0.5 / self.num_points))
+        return torch.addcmul(centers, offsets, sizes, value=0.5 / self.num_points)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ...ops.deformable_sampling import sample_levels
 from ..structures import FeatureLevels
-from .tokens import token_centers
 
 NUM_POINTS = 9
 
@@ -52,7 +51,7 @@ def sampling_grid(feature: Tensor, offset_scale: float = 1.0) -> SamplingGrid:
     size = torch.stack([torch.full((), length, **options) for length in (width, height)])
     taps = torch.arange(-1, 2, **options) * offset_scale
     kernel = torch.stack(torch.meshgrid(taps, taps, indexing='ij'), -1).flatten(0, 1)
-    centers = token_centers((height, width), size[None])
+    centers = token_centers((height, width), size)
     levels = FeatureLevels(
         shapes=((height, width),),
         shape_tensor=size.flip(0).long()[None],
@@ -61,6 +60,14 @@ def sampling_grid(feature: Tensor, offset_scale: float = 1.0) -> SamplingGrid:
         valid_ratios=size.new_ones(1, 1, 2),
     )
     return SamplingGrid(centers.view(-1, 1, 1, 1, 2) + kernel / size, offset_scale / size, levels)
+
+
+def token_centers(shape: tuple[int, int], size: Tensor) -> Tensor:
+    """Centres (x, y) of a map's pixels, (height * width, 2), in [0, 1]; ``size`` is (width, height) on the device."""
+    height, width = shape
+    y = torch.arange(height, dtype=size.dtype, device=size.device) + 0.5
+    x = torch.arange(width, dtype=size.dtype, device=size.device) + 0.5
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1) / size
 
 
 class DCNv3(nn.Module):

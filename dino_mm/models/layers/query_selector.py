@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
-from ..box_ops import encode_boxes
+from ..box_ops import encode_boxes, wavelengths
 from ..structures import QuerySelection, Tokens
 from .transformer import init_transformer
 
@@ -129,7 +129,7 @@ class PureQuerySelector(EncoderQuerySelector):
 
     def content(self, boxes: Tensor) -> Tensor:
         """A linear map of the boxes' sine encoding, normalised."""
-        sine = encode_boxes(boxes, self.pos_trans_fc.out_features // 2)
+        sine = encode_boxes(boxes, wavelengths(self.pos_trans_fc.out_features // 2, boxes.device))
         return self.pos_trans_norm(self.pos_trans_fc(sine.to(self.pos_trans_fc.weight.dtype)))
 
 

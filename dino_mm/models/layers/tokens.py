@@ -1,13 +1,15 @@
 """From a feature pyramid to tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from mmdet.models.layers import SinePositionalEncoding
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from ...ops.transfer import to_device
+from ..box_ops import sine_encoding, wavelengths
 from ..structures import FeatureLevels, Tokens, name_image
 
 
@@ -24,65 +26,88 @@ def flatten_levels(
         samples: Data samples, for ``img_shape`` and ``batch_input_shape``; none, or all of the same size: no padding.
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
+
+    Raises:
+        ValueError: An image is larger than the batch that ``batch_input_shape`` states.
     """
-    levels, masks, valid_sizes = measure_levels(feats, samples)
-    positions = [
-        positional_encoding(mask, input=feat).to(level_embed).flatten(2).transpose(1, 2) + embed
-        for feat, mask, embed in zip(feats, masks, level_embed, strict=True)
-    ]
+    levels, grid, padding_mask = measure_levels(feats, samples)
+    if type(positional_encoding) is SinePositionalEncoding:
+        positions = sine_positions(positional_encoding, levels, grid, padding_mask)
+    else:
+        positions = torch.cat(_positions_by_level(positional_encoding, feats, padding_mask), 1)
     return Tokens(
         features=torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], 1),
-        positions=torch.cat(positions, 1),
-        centers=torch.cat(
-            [token_centers(shape, size) for shape, size in zip(levels.shapes, valid_sizes.unbind(1), strict=True)],
-            1,
-        ),
-        padding_mask=None if masks[0] is None else torch.cat([m.flatten(1) for m in masks if m is not None], 1),
+        positions=positions.to(level_embed) + level_embed[grid.level],
+        centers=(grid.pixel + 0.5) / grid.valid_size,
+        padding_mask=padding_mask,
         levels=levels,
     )
 
 
+class Grid(NamedTuple):
+    """Where each token is."""
+
+    level: Tensor
+    """(num_tokens,) int64."""
+    pixel: Tensor
+    """(num_tokens, 2) float32, column and row."""
+    valid_size: Tensor
+    """(bs, num_tokens, 2) float32, columns and rows of its level that are image, not padding."""
+
+
 def measure_levels(
     feats: Sequence[Tensor], samples: Sequence[DetDataSample]
-) -> tuple[FeatureLevels, Sequence[Tensor | None], Tensor]:
-    """Geometry of the feature maps, and where they are image and where padding.
+) -> tuple[FeatureLevels, Grid, Tensor | None]:
+    """Geometry of the feature maps and of their pixels, and where they are padding.
 
-    Args: as :func:`flatten_levels`.
+    All levels are worked out together, so that a GPU has few kernels to start.
+
+    Args, and errors: as :func:`flatten_levels`.
 
     Returns:
-        The levels; for each a mask (bs, height, width), True on padding, or None for all if no image is padded; and
-        (bs, num_levels, 2) float32, columns and rows of each map that are image.
-
-    Raises:
-        ValueError: An image is larger than the batch that ``batch_input_shape`` states.
+        The levels, the grid, and (bs, num_tokens) bool, True on padding; None if no image is padded.
     """
     shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
     starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
     tables: list = [shapes, starts, [(width, height) for height, width in shapes]]
     if _are_padded(samples):
-        tables.append([sample.img_shape[:2] for sample in samples])
-    shape_tensor, start_index, sizes, *image_shapes = to_device(tables, feats[0].device)
-    masks: Sequence[Tensor | None] = [None] * len(feats)
-    valid_sizes = sizes.float().expand(feats[0].shape[0], -1, -1)
-    if image_shapes:
-        masks, valid_sizes = _valid_area(shapes, image_shapes[0], samples[0].batch_input_shape)
-    return FeatureLevels(shapes, shape_tensor, start_index, sizes, valid_sizes / sizes), masks, valid_sizes
+        tables += [[sample.img_shape[1::-1] for sample in samples], samples[0].batch_input_shape[::-1]]
+    shape_tensor, start_index, sizes, *image_sizes = to_device(tables, feats[0].device)
+    level, pixel = _token_places(sum(height * width for height, width in shapes), start_index, sizes)
+    sizes = sizes.float()
+    if image_sizes:
+        padding_mask, valid_sizes = _valid_area(level, pixel, sizes, *image_sizes)
+    else:
+        padding_mask, valid_sizes = None, sizes.expand(feats[0].shape[0], -1, -1)
+    levels = FeatureLevels(shapes, shape_tensor, start_index, sizes, valid_sizes / sizes)
+    return levels, Grid(level, pixel, valid_sizes[:, level]), padding_mask
+
+
+def _token_places(num_tokens: int, start_index: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """``level`` and ``pixel`` of a :class:`Grid`."""
+    token = torch.arange(num_tokens, device=sizes.device)
+    level = (token >= start_index[1:, None]).sum(0)
+    token, width = token - start_index[level], sizes[:, 0][level]
+    return level, torch.stack([token % width, token // width], -1).float()
 
 
 def _valid_area(
-    shapes: Sequence[tuple[int, int]], image_shapes: Tensor, batch_shape: tuple[int, int]
-) -> tuple[list[Tensor], Tensor]:
-    """Masks and sizes as of :func:`measure_levels`, of images of ``image_shapes`` (bs, 2), (height, width)."""
-    # Padding is a band at the bottom and one at the right: a mask of the rows and one of the columns say it all.
-    rows, columns = (
-        (torch.arange(length, device=image_shapes.device) >= valid[:, None]).float()[:, None]
-        for length, valid in zip(batch_shape, image_shapes.unbind(1), strict=True)
-    )
-    level_rows = [F.interpolate(rows, size=height)[:, 0].bool() for height, _ in shapes]
-    level_columns = [F.interpolate(columns, size=width)[:, 0].bool() for _, width in shapes]
-    valid = [torch.stack([(~x).sum(1), (~y).sum(1)], -1) for x, y in zip(level_columns, level_rows, strict=True)]
-    masks = [y[:, :, None] | x[:, None] for x, y in zip(level_columns, level_rows, strict=True)]
-    return masks, torch.stack(valid, 1).float()
+    level: Tensor, pixel: Tensor, sizes: Tensor, image_sizes: Tensor, batch_size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Padding of (bs, num_tokens), and (bs, num_levels, 2) columns and rows that are image.
+
+    Args:
+        level, pixel: See :class:`Grid`.
+        sizes: (num_levels, 2), (width, height) of the maps.
+        image_sizes: (bs, 2), (width, height) of the images.
+        batch_size: (2,), the same of the batch, padding included.
+    """
+    # A pixel of a map is padding if the nearest pixel of the batch, as `interpolate` rounds, is.
+    source = (pixel * (batch_size / sizes)[level]).floor()
+    padding = (source >= image_sizes[:, None]).any(-1)
+    end = (pixel + 1).masked_fill(padding[..., None], 0.0)
+    index = level[:, None].expand_as(end)
+    return padding, end.new_zeros(len(end), *sizes.shape).scatter_reduce(1, index, end, 'amax')
 
 
 def _are_padded(samples: Sequence[DetDataSample]) -> bool:
@@ -102,10 +127,25 @@ def _are_padded(samples: Sequence[DetDataSample]) -> bool:
     return image_area < batch_area
 
 
-def token_centers(shape: tuple[int, int], size: Tensor) -> Tensor:
-    """Centres (x, y) of a level's pixels, (bs, height * width, 2), in [0, 1] of the valid ``size`` (bs, 2)."""
-    height, width = shape
-    y = torch.arange(height, dtype=size.dtype, device=size.device) + 0.5
-    x = torch.arange(width, dtype=size.dtype, device=size.device) + 0.5
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
-    return grid.flatten(0, 1) / size[:, None]
+def sine_positions(
+    encoding: SinePositionalEncoding, levels: FeatureLevels, grid: Grid, padding_mask: Tensor | None
+) -> Tensor:
+    """What ``encoding`` gives for the masks of all levels, (bs, num_tokens, 2 * num_feats), y before x."""
+    count, last = grid.pixel + 1, grid.valid_size
+    if padding_mask is not None:
+        # It counts pixels that are image: none along a row or a column that is padding.
+        across = (grid.pixel < last).flip(-1)
+        count, last = torch.minimum(count, last) * across, last * across
+    if encoding.normalize:
+        count = (count + encoding.offset) / (last + encoding.eps) * encoding.scale
+    count = count.expand_as(last).flip(-1)
+    return sine_encoding(count, wavelengths(encoding.num_feats, count.device, encoding.temperature))
+
+
+def _positions_by_level(encoding: nn.Module, feats: Sequence[Tensor], padding_mask: Tensor | None) -> list[Tensor]:
+    """The positions (bs, height * width, dim) of each level, by mmdet's interface."""
+    masks: Sequence[Tensor | None] = [None] * len(feats)
+    if padding_mask is not None:
+        parts = padding_mask.split([feat.shape[2] * feat.shape[3] for feat in feats], 1)
+        masks = [part.view(-1, *feat.shape[2:]) for part, feat in zip(parts, feats, strict=True)]
+    return [encoding(mask, input=feat).flatten(2).transpose(1, 2) for feat, mask in zip(feats, masks, strict=True)]

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
-from ...ops.half_weights import call_with_half_weights
+from ...ops.half_weights import with_its_weights
 from ...ops.recomputation import is_cheaper_to_compute_again
-from ..box_ops import encode_boxes, refine_boxes
+from ..box_ops import encode_boxes, refine_boxes, wavelengths
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
 
@@ -41,8 +41,8 @@ def check_num_cp(num_cp: int, num_layers: int) -> int:
 def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
     """Call ``layer``; with ``recompute``, keep only its inputs and compute the rest again for the gradients."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(call_with_half_weights, layer, *args, use_reentrant=False)
-    return call_with_half_weights(layer, *args)
+        return checkpoint(with_its_weights(layer), *args, use_reentrant=False)
+    return layer(*args)
 
 
 def run_ffn(ffn: FFN, query: Tensor, recompute: bool = False) -> Tensor:
@@ -71,9 +71,9 @@ class DINOEncoderLayer(BaseModule):
     def forward(self, query: Tensor, reference: Tensor, tokens: Tokens) -> Tensor:
         """``query`` (bs, num_tokens, dim) sampled around ``reference`` (bs, num_tokens, num_levels, 2)."""
         query = self.self_attn(query, tokens.positions, query, reference, tokens.levels, tokens.padding_mask)
+        query = self.norms[0](query)  # by that name, so that nothing holds its input, which is as large as the memory
         # The hidden layers of all tokens, eight times as wide as these, would be a quarter of a training step's memory.
-        recompute = is_cheaper_to_compute_again(query)
-        return self.norms[1](run_ffn(self.ffn, self.norms[0](query), recompute))
+        return self.norms[1](run_ffn(self.ffn, query, is_cheaper_to_compute_again(query)))
 
 
 @MODELS.register_module()
@@ -224,9 +224,10 @@ class DINODecoder(BaseModule):
         """
         levels, states, references = tokens.levels, [], [reference]
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
+        lengths = wavelengths(self.embed_dims // 2, reference.device)
         for i, (layer, reg_branch) in enumerate(zip(self.layers, reg_branches, strict=False)):
             level_boxes = reference[:, :, None] * ratios
-            query_pos = self.ref_point_head(encode_boxes(level_boxes[:, :, 0], self.embed_dims // 2))
+            query_pos = self.ref_point_head(encode_boxes(level_boxes[:, :, 0], lengths))
             inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, visible)
             query = run_layer(layer, i < self.num_cp, *inputs)
             refined = refine_boxes(reg_branch(query), reference)
