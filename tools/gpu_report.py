@@ -54,9 +54,9 @@ def parts(small: bool) -> dict[str, Part]:
     parity = functools.partial(device_parity.parity, goldens=None if small else goldens())
     return {
         'versions': Part(gpu_parts.versions, 60),
+        'launches': Part(gpu_parts.launches, 50),
         'speed': Part(gpu_parts.speed, 150),
         'waits': Part(gpu_parts.waits, 50),
-        'launches': Part(gpu_parts.launches, 50),
         'parity': Part(parity, 100),
         'zoo': Part(gpu_parts.zoo, 120),
         'compiled': Part(gpu_parts.compiled, 150),

@@ -171,6 +171,13 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def use_channels_last(model: Any, wanted: bool = True) -> None:
+    """As ``model.channels_last`` in the config; ``--amp`` of our tools sets it."""
+    model.channels_last = wanted
+    for part in (model.backbone, model.neck):
+        part.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+
+
 def build(side: SideName, plan: Plan) -> Trainee:
     """One side's R50, each with the optimizer that its configs have: ours runs AdamW as one kernel on a GPU."""
     model = build_side(side, plan.base).to(plan.device)
@@ -226,7 +233,7 @@ def count_waits(run: Callable[[], Any], device: torch.device) -> Counter[str]:
     found: Counter[str] = Counter()
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        if 'synchroniz' in str(message):
+        if 'called a synchronizing' in str(message):  # not what torch says of this mode itself
             frames = [frame for frame in traceback.extract_stack() if MODEL_CODE.search(frame.filename)]
             places = [f'{"/".join(frame.filename.split("/")[-2:])}:{frame.lineno}' for frame in frames[-2:]]
             found[' > '.join(places) or 'outside of dino_mm, mmdet and mmcv'] += 1
@@ -249,6 +256,7 @@ def speed(plan: Plan) -> Iterator[Row]:
     for work, images in (('training', plan.base.batch), ('training', plan.large_batch), ('inference', 1)):
         batch = batch_of(plan, trainees['ours'], images)
         for name in plan.precisions:
+            use_channels_last(trainees['ours'].model, PRECISIONS[name].autocast is not None)
             measured = in_turns(trainees, work, batch, PRECISIONS[name], plan.repeats)
             yield row_of(work, images, name, measured)
 
@@ -305,6 +313,7 @@ def compiled(plan: Plan) -> Iterator[Row]:
     for work, images in (('training', plan.base.batch), ('inference', 1)):
         trainee = build('ours', plan)
         graphs = work == 'inference' and plan.device.type == 'cuda'
+        use_channels_last(trainee.model)
         compile_detector(trainee.model, cuda_graphs=graphs, backend=plan.compiler)
         start = time.perf_counter()
         batch = batch_of(plan, trainee, images)
@@ -322,6 +331,7 @@ def launches(plan: Plan) -> Iterator[Row]:
         batch = batch_of(plan, trainee, images)
         for name in plan.profiled:
             set_tf32(PRECISIONS[name].tf32)
+            use_channels_last(trainee.model, PRECISIONS[name].autocast is not None)
             data = profile_run(partial(trainee.run, work, batch, PRECISIONS[name]), plan.device)
             data |= dict(work=work, images=images, precision=name)
             numbers = ', '.join(f'{key} {value:.0f}' for key, value in data.items() if isinstance(value, float))
@@ -343,10 +353,11 @@ def profile_run(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         run()
         torch.cuda.synchronize()
     events = profiled.key_averages()
-    by_time = sorted(events, key=lambda event: -event.self_device_time_total)[:12]
+    kernels = [event for event in events if event.device_type is torch.autograd.DeviceType.CUDA]
+    by_time = sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
     return dict(
         wall_ms=1000 * seconds['wall'],
-        busy_ms=sum(event.self_device_time_total for event in events) / 1000,
+        busy_ms=sum(event.self_device_time_total for event in kernels) / 1000,
         launches=float(sum(event.count for event in events if 'LaunchKernel' in event.key)),
         kernels={event.key[:100]: event.self_device_time_total / 1000 for event in by_time},
     )

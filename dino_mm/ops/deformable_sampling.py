@@ -71,7 +71,8 @@ BACKENDS = {
     'mmcv': Backend(
         by_operator,
         ('cuda',),
-        (torch.float16, *FULL),
+        # Not float64: its kernel rounds down in float32, so just below the lower edge of a map it reads the next one.
+        (torch.float16, torch.float32),
         get_compiling_cuda_version() != 'not available',
         "needs mmcv's operators compiled for CUDA: `make setup MMCV=build` in a checkout of dino_mm",
     ),

@@ -96,6 +96,22 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
             assert (one - other).abs().le(limit).all(), f'{case}: {one}, expected {other}'
 
 
+@pytest.mark.parametrize(('name', 'dtype'), PRECISIONS)
+def test_nothing_is_read_beyond_the_edges(name: str, dtype: torch.dtype) -> None:
+    """A pixel's distance away from the outermost pixels, and a rounding error less, where other maps begin."""
+    device, shapes = place(name), ((4, 8), (2, 4), (1, 2))
+    value, locations, weights = make_inputs(make_levels(*shapes), bs=1, num_queries=8, dtype=torch.float64)
+    sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64)[:, None]
+    for query in range(8):
+        less = torch.finfo(dtype).eps * 4**query
+        at = (-1 + less, sizes - less)[query % 2]
+        locations[0, query] = (at + 0.5) / sizes
+    inputs = moved((value, locations, weights), device, dtype)
+    found = results(name, inputs, make_levels(*shapes, device=device))[0]
+    expected = results('by_hand', moved(inputs, 'cpu', torch.float64), make_levels(*shapes))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize('nowhere', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('name', BACKENDS)
 def test_a_location_that_is_no_number_leaves_other_queries_alone(name: str, nowhere: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_mm.registry import MODELS
 
+from ...ops.branches import run_branches
 from ...ops.half_weights import as_autocast
 from ...ops.tracing import is_looked_into
 from ...ops.transfer import to_device
@@ -106,8 +107,10 @@ class DINOHead(BaseModule):
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, of some layers; float32 or wider, so that losses and costs are, under autocast too."""
         states = as_autocast(hidden_states)
-        scores = torch.stack([self.cls_branches[i](states[i]) for i in layers])
-        deltas = torch.stack([self.reg_branches[i](states[i]) for i in layers])
+        if len(layers) < len(states):
+            states = torch.stack([states[i] for i in layers])
+        scores = run_branches([self.cls_branches[i] for i in layers], states)
+        deltas = run_branches([self.reg_branches[i] for i in layers], states)
         boxes = refine_boxes(deltas, torch.stack([references[i] for i in layers]))
         return scores.to(boxes.dtype), boxes
 

@@ -13,7 +13,6 @@ from dino_mm.registry import MODELS
 
 from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load, loading
 from ...ops.half_weights import half_weights
-from ..backbones.frozen_norm import use_frozen_norms
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
 from ..layers.denoising import CDNGenerator
@@ -95,7 +94,6 @@ class DINO(DetectionTransformer):
         self._check_neck(neck.get('num_outs', num_feature_levels), neck.get('out_channels', embed_dims))
 
         self.backbone = build_part('backbone', backbone)
-        use_frozen_norms(self.backbone)
         self.neck = build_part('neck', neck)
         self.channels_last = channels_last
         if channels_last:

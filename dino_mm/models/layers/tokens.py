@@ -37,7 +37,14 @@ def flatten_levels(
         positions = torch.cat(_positions_by_level(positional_encoding, feats, padding_mask), 1)
     return Tokens(
         features=torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], 1),
-        positions=positions.to(level_embed) + level_embed[grid.level],
+        # Not `level_embed[grid.level]`: its gradient would be added up token by token.
+        positions=positions.to(level_embed)
+        + torch.cat(
+            [
+                embed.expand(height * width, -1)
+                for embed, (height, width) in zip(level_embed, levels.shapes, strict=True)
+            ]
+        ),
         centers=(grid.pixel + 0.5) / grid.valid_size,
         padding_mask=padding_mask,
         levels=levels,
@@ -97,7 +104,8 @@ def _valid_area(
     """Padding of (bs, num_tokens), and (bs, num_levels, 2) columns and rows that are image.
 
     Args:
-        level, pixel: See :class:`Grid`.
+        level: As in :class:`Grid`.
+        pixel: The same.
         sizes: (num_levels, 2), (width, height) of the maps.
         image_sizes: (bs, 2), (width, height) of the images.
         batch_size: (2,), the same of the batch, padding included.

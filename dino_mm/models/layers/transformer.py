@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_mm.registry import MODELS
 
 from ...ops.half_weights import with_its_weights
-from ...ops.recomputation import is_cheaper_to_compute_again
+from ...ops.recomputation import is_cheaper_to_compute_again, run_again_for_gradients
 from ..box_ops import encode_boxes, refine_boxes, wavelengths
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention
@@ -48,7 +48,10 @@ def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
 def run_ffn(ffn: FFN, query: Tensor, recompute: bool = False) -> Tensor:
     """Apply ``ffn``, residual included, to ``query`` (bs, num_queries, dim); ``recompute`` as in :func:`run_layer`."""
     # Rows, as what a linear layer gives of them is not a view: writing to one, as mmcv's ReLU does, costs four copies.
-    return run_layer(ffn, recompute, query.flatten(0, 1)).view_as(query)
+    rows, output = query.flatten(0, 1), None
+    if recompute and torch.is_grad_enabled():
+        output = run_again_for_gradients(ffn, rows)
+    return (run_layer(ffn, recompute, rows) if output is None else output).view_as(query)
 
 
 class DINOEncoderLayer(BaseModule):
