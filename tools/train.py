@@ -29,8 +29,6 @@ def apply_training_arguments(config: Config, args: argparse.Namespace) -> str | 
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
-        if config.model.type == 'dino_mm.DINO':
-            config.model.setdefault('channels_last', True)  # as convolutions in half precision want it
     if args.compile:
         add_compile_hook(config)
     if args.auto_scale_lr:

@@ -18,7 +18,7 @@ from dino_mm.engine.compilation import compile_detector
 from dino_mm.registry import MODELS
 
 from .comparison import make_batch, read_config
-from .gpu_parts import R50, Plan, Row, use_channels_last
+from .gpu_parts import R50, Plan, Row
 
 SWIN = 'dino-swin/dino_swin_tiny_224_4scale_12ep.py'
 INTERNIMAGE = 'dino-internimage/dino_internimage_tiny_4scale_12ep.py'
@@ -44,6 +44,13 @@ class Case(NamedTuple):
     samples: SampleList
     training: bool
     expected: Values
+
+
+def use_channels_last(model: Any) -> None:
+    """As ``model.channels_last=True`` in the config."""
+    model.channels_last = True
+    model.backbone.to(memory_format=torch.channels_last)
+    model.neck.to(memory_format=torch.channels_last)
 
 
 #: How a model may run, each on top of the one before.

@@ -40,13 +40,12 @@ class Precision(NamedTuple):
 
     autocast: torch.dtype | None = None
     tf32: bool = False
-    loss_scale: float = 1.0
 
 
 PRECISIONS = {
     'fp32': Precision(),
     'tf32': Precision(tf32=True),
-    'fp16': Precision(torch.float16, True, 1024.0),
+    'fp16': Precision(torch.float16, True),
     'bf16': Precision(torch.bfloat16, True),
 }
 
@@ -132,6 +131,8 @@ class Trainee:
         self.device = self.parameters[0].device
         # A rate of 0: the weights, and so the work, stay the same in all steps.
         self.optimizer = torch.optim.AdamW(self.parameters, 0.0, weight_decay=1e-4, fused=fused or None)
+        # As mmengine's AmpOptimWrapper; steps whose gradients overflow leave the weights alone.
+        self.scaler = torch.amp.GradScaler(self.device.type)
 
     def backward(self, batch: Batch, precision: Precision) -> None:
         """Forward, losses, backward."""
@@ -139,14 +140,20 @@ class Trainee:
         torch.manual_seed(0)
         with self.autocast(precision):
             total, _ = self.model.parse_losses(self.model(*batch, mode='loss'))
-        (total * precision.loss_scale).backward()
+        scaled = precision.autocast is torch.float16
+        (self.scaler.scale(total) if scaled else total).backward()
 
     def step(self, batch: Batch, precision: Precision) -> None:
         """A training step: :meth:`backward`, clipping, AdamW."""
         self.backward(batch, precision)
-        # AdamW does not mind the scale of gradients.
-        nn.utils.clip_grad_norm_(self.parameters, 0.1 * precision.loss_scale)
-        self.optimizer.step()
+        if precision.autocast is torch.float16:
+            self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, 0.1)
+        if precision.autocast is torch.float16:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
 
     def detect(self, batch: Batch, precision: Precision) -> SampleList:
         """Detections of the batch."""
@@ -169,13 +176,6 @@ def set_tf32(allowed: bool) -> None:
     """Products and convolutions in TF32 from now on, or in full float32."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def use_channels_last(model: Any, wanted: bool = True) -> None:
-    """As ``model.channels_last`` in the config; ``--amp`` of our tools sets it."""
-    model.channels_last = wanted
-    for part in (model.backbone, model.neck):
-        part.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
 
 
 def build(side: SideName, plan: Plan) -> Trainee:
@@ -256,7 +256,6 @@ def speed(plan: Plan) -> Iterator[Row]:
     for work, images in (('training', plan.base.batch), ('training', plan.large_batch), ('inference', 1)):
         batch = batch_of(plan, trainees['ours'], images)
         for name in plan.precisions:
-            use_channels_last(trainees['ours'].model, PRECISIONS[name].autocast is not None)
             measured = in_turns(trainees, work, batch, PRECISIONS[name], plan.repeats)
             yield row_of(work, images, name, measured)
 
@@ -313,7 +312,6 @@ def compiled(plan: Plan) -> Iterator[Row]:
     for work, images in (('training', plan.base.batch), ('inference', 1)):
         trainee = build('ours', plan)
         graphs = work == 'inference' and plan.device.type == 'cuda'
-        use_channels_last(trainee.model)
         compile_detector(trainee.model, cuda_graphs=graphs, backend=plan.compiler)
         start = time.perf_counter()
         batch = batch_of(plan, trainee, images)
@@ -331,7 +329,6 @@ def launches(plan: Plan) -> Iterator[Row]:
         batch = batch_of(plan, trainee, images)
         for name in plan.profiled:
             set_tf32(PRECISIONS[name].tf32)
-            use_channels_last(trainee.model, PRECISIONS[name].autocast is not None)
             data = profile_run(partial(trainee.run, work, batch, PRECISIONS[name]), plan.device)
             data |= dict(work=work, images=images, precision=name)
             numbers = ', '.join(f'{key} {value:.0f}' for key, value in data.items() if isinstance(value, float))
@@ -353,7 +350,7 @@ def profile_run(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         run()
         torch.cuda.synchronize()
     events = profiled.key_averages()
-    kernels = [event for event in events if event.device_type is torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     by_time = sorted(kernels, key=lambda event: -event.self_device_time_total)[:12]
     return dict(
         wall_ms=1000 * seconds['wall'],

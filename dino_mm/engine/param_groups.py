@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
@@ -65,6 +66,7 @@ class ParamGroupConstructor(DefaultOptimWrapperConstructor):
         self.optimizer_cfg['fused'] = _is_on_gpus(model) or None  # of False, torch makes a loop over parameters
         wrapper = super().__call__(model)
         wrapper.optimizer.register_load_state_dict_pre_hook(_keep_fused)
+        wrapper.optimizer.register_load_state_dict_post_hook(_keep_layout)
         return wrapper
 
     def add_params(
@@ -118,6 +120,14 @@ def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """``state`` to load, but ``fused`` as it is here: that is of the machine that wrote it."""
     groups = [dict(group, fused=optimizer.defaults['fused']) for group in state['param_groups']]
     return dict(state, param_groups=groups)
+
+
+def _keep_layout(optimizer: Optimizer) -> None:
+    """Lay what was loaded out as the parameters are, channels last or not: fused kernels demand it."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _named_parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, bool]]:

@@ -253,12 +253,32 @@ def test_adamw_is_fused_on_gpus(kind: Any, monkeypatch: pytest.MonkeyPatch) -> N
     compare_parameters(*models)
 
 
+@pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='a CPU has no fused AdamW before torch 2.4')
+def test_training_resumes_with_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels want parameters, gradients and averages in one layout; checkpoints may have another."""
+    monkeypatch.setattr(param_groups, '_is_on_gpus', lambda _: True)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to(memory_format=torch.channels_last)
+    wrappers = [build(model) for model in models]
+    train(models[0], wrappers[0])
+    models[1].load_state_dict(models[0].state_dict())
+    wrappers[1].optimizer.load_state_dict(copy.deepcopy(wrappers[0].optimizer.state_dict()))
+    for parameter in models[1].parameters():
+        state = wrappers[1].optimizer.state[parameter]
+        assert state['exp_avg'].stride() == state['exp_avg_sq'].stride() == parameter.stride()
+    for model, wrapper in zip(models, wrappers, strict=True):
+        train(model, wrapper)
+    compare_parameters(*models)
+
+
 def train(model: nn.Module, wrapper: OptimWrapper) -> None:
     """Three steps with the same gradients every time."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(grad)  # in the parameter's layout, as autograd has it
         wrapper.step()
 
 
