@@ -6,11 +6,10 @@ from pathlib import Path
 import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
-from dino_mm.datasets.coco_file import read_coco_file
+from dino_mm.datasets.coco_file import read_coco_file, require_annotation_file
 from dino_mm.datasets.coco_rules import AnnotationError
 from dino_mm.evaluation.report import analyse
-from dino_mm.visualization import write_report
-from dino_mm.visualization.report_page import writable_folder
+from dino_mm.visualization.report_page import writable_folder, write_report
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +35,7 @@ def main() -> None:
     """Analyse, write, and print the figures that matter."""
     args = parse_args()
     try:
+        require_annotation_file(args.ann, '--ann')
         writable_folder(args.out)
         file = read_coco_file(args.ann, needs_annotations=False)
         analysis = analyse(args.predictions, file, args.images, args.classes)

@@ -44,7 +44,7 @@ class ReportHook(Hook):
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Write the report."""
         from dino_mm.evaluation.report import analyse
-        from dino_mm.visualization import write_report
+        from dino_mm.visualization.report_page import write_report
 
         if not is_main_process() or self._metric is None or self._metric.coco_file is None:
             return

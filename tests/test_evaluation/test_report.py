@@ -15,9 +15,10 @@ from report_cases import CLASSES, SIZE, Case, noisy_case, write_case
 
 from dino_mm.datasets.coco_rules import AnnotationError
 from dino_mm.evaluation import CheckedCocoMetric
+from dino_mm.evaluation.error_types import ERRORS
 from dino_mm.evaluation.predictions import ReportError
 from dino_mm.evaluation.report import SUMMARY, Analysis, analyse
-from dino_mm.visualization import write_report
+from dino_mm.visualization.report_page import write_report
 from dino_mm.visualization.report_plots import CONFUSION_CLASSES, confused_classes
 from dino_mm.visualization.worst_images import worst_images
 
@@ -238,5 +239,11 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit, match=r'^error: .*none.json cannot be read \(No such file.*\)[^\n]*$'):
         run(tmp_path / 'none.json')
     case.ann.unlink()
-    with pytest.raises(SystemExit, match=r'^error: There is no annotation file'):
+    with pytest.raises(SystemExit, match=r'^error: There is no annotation file .*Correct `--ann`'):
         run(case.predictions)
+
+
+def test_documentation_defines_every_kind_of_error() -> None:
+    page = (ROOT / 'docs/report.md').read_text()
+    for name, definition in ERRORS.values():
+        assert f'| {name} | {definition} |' in page
