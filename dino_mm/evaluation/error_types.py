@@ -37,7 +37,10 @@ ERRORS = {
         'badly placed',
         f'right class, but an IoU between {BACKGROUND_IOU:g} and {MATCH_IOU:g} with the object',
     ),
-    Kind.BOTH: ('wrong class and badly placed', f'an IoU below {MATCH_IOU:g} with an object of another class'),
+    Kind.BOTH: (
+        'wrong class and badly placed',
+        f'an IoU between {BACKGROUND_IOU:g} and {MATCH_IOU:g} with an object of another class',
+    ),
     Kind.DUPLICATE: ('duplicate', 'an object that a better scored detection has found already'),
     Kind.BACKGROUND: ('background', f'an IoU of at most {BACKGROUND_IOU:g} with every object'),
     Kind.MISSED: ('missed', 'an object that no detection found, not even in the wrong class or badly placed'),
@@ -94,9 +97,10 @@ class Errors:
                 values.append(average_precision(self.scores[own], correct[own], total))
         return float(np.mean(values)) if values else float('nan')
 
-    def cost(self, kind: Kind) -> float:
-        """By how much AP at IoU 0.5 would rise without one kind of error (dAP), not below 0."""
-        return max(self.ap50(kind) - self.ap50(), 0.0)
+    def costs(self) -> dict[Kind, float]:
+        """By how much AP at IoU 0.5 would rise without each kind of error alone (dAP), not below 0."""
+        now = self.ap50()
+        return {kind: max(self.ap50(kind) - now, 0.0) for kind in ERRORS}
 
     def _best_of_targets(self) -> np.ndarray:
         """(num_dets,) bool, whether a detection is the best of those that would have found an object not found."""

@@ -58,13 +58,13 @@ class ImageMatches:
         return result
 
 
-def evaluate(file: CocoFile, classes: Sequence[str], predictions: Sequence[Entry]) -> Any:
+def evaluate(file: CocoFile, classes: Sequence[str], predictions: list[Entry]) -> Any:
     """Run pycocotools' ``COCOeval`` as :class:`CheckedCocoMetric` does, at 1, 10 and 100 detections a class and image.
 
     Args:
         file: The annotations; sizes of images are those of their pictures.
         classes: Names of the classes.
-        predictions: See :func:`read_predictions`.
+        predictions: See :func:`read_predictions`; the evaluator keeps them, with ids of its own.
 
     Returns:
         The evaluator after ``evaluate``, ``accumulate`` and ``summarize``; its category ids are labels + 1.
@@ -72,7 +72,7 @@ def evaluate(file: CocoFile, classes: Sequence[str], predictions: Sequence[Entry
     sizes = {image['id']: (image['width'], image['height']) for image in file.images if image['width'] is not None}
     truth = Truth(file, classes, sizes)
     with contextlib.redirect_stdout(io.StringIO()):  # tables that the report shows better
-        evaluator = find_evaluator('pycocotools')(truth, truth.loadRes([{**p} for p in predictions]), 'bbox')
+        evaluator = find_evaluator('pycocotools')(truth, truth.loadRes(predictions), 'bbox')
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()

@@ -53,7 +53,8 @@ class Analysis:
         per_class: In the order of ``classes``.
         precision: (num_ious, 101, num_classes) precision at recalls 0, 0.01, ... 1; -1 for classes without objects.
         ious: (num_ious,), 0.5 to 0.95.
-        errors: Errors of all detections; their cost in AP is of these.
+        errors: Errors of all detections.
+        costs: What each kind of these costs in AP50.
         threshold: The score of the highest F1 at IoU 0.5.
         images: Matches at IoU 0.5 of the detections from ``threshold`` on.
         shown_errors: Errors of these.
@@ -69,6 +70,7 @@ class Analysis:
     precision: np.ndarray
     ious: np.ndarray
     errors: Errors
+    costs: dict[Kind, float]
     threshold: Threshold
     images: list[ImageMatches]
     shown_errors: Errors
@@ -112,6 +114,7 @@ def analyse(predictions: Path, file: CocoFile, folder: str | Path, classes: Sequ
         evaluator.eval['precision'][:, :, :, 0, -1],
         evaluator.params.iouThrs,
         errors,
+        errors.costs(),
         threshold,
         images,
         find_errors(images),

@@ -155,7 +155,7 @@ def _head(analysis: Analysis, title: str) -> Iterable[str]:
 
 
 def _errors(analysis: Analysis, plot: bytes) -> Iterable[str]:
-    costs = {kind: analysis.errors.cost(kind) for kind in ERRORS}
+    costs = analysis.costs
     worst = max(costs, key=lambda kind: costs[kind])
     yield '<h2>Which errors cost the most</h2>' + _image(plot, 'cost of each kind of error')
     if costs[worst] > 0:

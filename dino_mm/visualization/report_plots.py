@@ -24,7 +24,7 @@ NAME_LETTERS = 18
 def plot_errors(analysis: Analysis) -> bytes:
     """Bars: by how much AP50 would rise without each kind of error."""
     names = [name for name, _ in ERRORS.values()]
-    costs = [analysis.errors.cost(kind) for kind in ERRORS]
+    costs = [analysis.costs[kind] for kind in ERRORS]
     figure, axes = _figure(8, 3.2)
     bars = axes.barh(range(len(names)), costs, color=BLUE, height=0.65)
     axes.bar_label(bars, [f'{cost:.3f}' for cost in costs], padding=4)

@@ -92,8 +92,7 @@ def test_counts_and_costs_are_those_of_tide(tmp_path: Path) -> None:
     assert list(TIDE) == list(ERRORS)
     assert errors.ap50() == pytest.approx(TIDE_AP50 / 100, abs=1e-12)
     assert {kind: errors.count(kind) for kind in TIDE} == {kind: count for kind, (count, _) in TIDE.items()}
-    for kind, (_, cost) in TIDE.items():
-        assert errors.cost(kind) == pytest.approx(cost / 100, abs=1e-12), kind
+    assert errors.costs() == pytest.approx({kind: cost / 100 for kind, (_, cost) in TIDE.items()}, abs=1e-12)
 
 
 @pytest.mark.parametrize('crowds', [False, True])
@@ -110,7 +109,7 @@ def test_one_object_becomes_correct_once(tmp_path: Path) -> None:
     errors = errors_of(case)
     assert errors.ap50() == 0.0
     assert errors.ap50(Kind.WRONG_CLASS) == 1.0
-    assert errors.cost(Kind.WRONG_CLASS) == 1.0
+    assert errors.costs()[Kind.WRONG_CLASS] == 1.0
 
 
 def test_average_precision_by_hand() -> None:
