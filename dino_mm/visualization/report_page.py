@@ -40,7 +40,8 @@ img { max-width: 100%; height: auto }
 .todo { border-left: 4px solid #1f77b4; padding-left: .8em }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { padding: .25em .8em; border-bottom: 1px solid #eee; text-align: right } th { border-bottom: 2px solid #ccc }
-th:first-child, td:first-child, td.text, th.text { text-align: left }
+th:first-child, td:first-child, td.text, th.text { text-align: left } th.text { min-width: 8em }
+.definitions th.text { min-width: 17em }
 td.bar { background: linear-gradient(90deg, #cfe3f3 var(--share), transparent var(--share)); min-width: 5.5em }
 .scroll { overflow-x: auto }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em }
@@ -167,7 +168,7 @@ def _errors(analysis: Analysis, plot: bytes) -> Iterable[str]:
         'A bar tells how much AP50 would rise if this one kind of error never happened.',
         advice,
     )
-    yield '<div class="scroll"><table><tr><th>error</th><th class="text">what it is</th>'
+    yield '<div class="scroll"><table class="definitions"><tr><th>error</th><th class="text">what it is</th>'
     yield f'<th>count from score {analysis.threshold.score:.2f} on</th><th>cost in AP50</th></tr>'
     for kind, (name, meaning) in ERRORS.items():
         yield f'<tr><td>{name}</td><td class="text">{meaning}</td><td>{analysis.shown_errors.count(kind)}</td>'

@@ -58,6 +58,7 @@ def plot_precision_recall(analysis: Analysis) -> bytes:
         textcoords='offset points',
         ha='right',
         color=RED,
+        bbox=dict(facecolor='white', alpha=0.8, edgecolor='none', pad=1),
     )
     hidden = len(ranked) - NAMED_CURVES
     left.set_title('Classes at IoU 0.50, and their AP50' + (f' ({hidden} best ones in grey)' if hidden > 0 else ''))
@@ -68,7 +69,7 @@ def plot_precision_recall(analysis: Analysis) -> bytes:
     left.set_ylabel('precision')
     for axes in (left, right):
         axes.set(xlabel='recall', xlim=(0, 1.005), ylim=(0, 1.02))
-        axes.legend(loc='lower left', fontsize=8, frameon=False)
+        axes.legend(loc='best', fontsize=8, framealpha=0.8, edgecolor='none')
         _tidy(axes)
     return _png(figure)
 
