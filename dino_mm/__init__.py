@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         IterBasedTrainLoop,
         LoadCheckpointHook,
         ParamGroupConstructor,
+        ReportHook,
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
@@ -73,6 +74,7 @@ __all__ = [
     'PadToBuckets',
     'ParamGroupConstructor',
     'PureQuerySelector',
+    'ReportHook',
     'ResizeShortestEdge',
     'SetCriterion',
     'SimpleFeaturePyramid',

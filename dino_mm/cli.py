@@ -38,6 +38,9 @@ COMMANDS = {
     'models': Command('list the models of the zoo', "'swin*'"),
     'train': Command('train a detector', 'dino_r50_4scale_12ep --amp', 'train.py'),
     'test': Command('evaluate a checkpoint', 'dino_r50_4scale_12ep CHECKPOINT', 'test.py'),
+    'report': Command(
+        'report what went wrong in a test', 'predictions.bbox.json --ann ANN --images DIR --out report', 'report.py'
+    ),
     'check': Command(
         'check a COCO data set before training', 'data/annotations/train.json data/images', 'check_dataset.py'
     ),

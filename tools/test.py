@@ -11,6 +11,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
+from dino_mm.engine import ReportHook
 from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
 
 
@@ -22,6 +23,7 @@ def parse_args() -> argparse.Namespace:
         'checkpoint', help='path or address of a checkpoint: ours, of detrex, of IDEA-Research/DINO or of MMDetection'
     )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--report', metavar='DIR', help='write the predictions and a report on them into this folder')
     parser.add_argument('--show', action='store_true', help='show the images with their detections')
     parser.add_argument('--show-dir', help='write the images with their detections into this folder')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
@@ -78,6 +80,8 @@ def main() -> None:
     runner = build_runner(config)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if args.report is not None:
+        runner.register_hook(ReportHook(args.report))
     with ends_cleanly():
         runner.test()
 

@@ -5,6 +5,7 @@ from .compilation import CompileHook, compile_detector
 from .load_checkpoint_hook import LoadCheckpointHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
+from .report_hook import ReportHook
 from .visualization_hook import DetVisualizationHook
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     'IterBasedTrainLoop',
     'LoadCheckpointHook',
     'ParamGroupConstructor',
+    'ReportHook',
     'compile_detector',
 ]

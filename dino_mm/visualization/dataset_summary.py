@@ -118,7 +118,7 @@ def _draw_images(check: DatasetCheck) -> Image.Image:
             for a in annotations
             for x, y, w, h in [a['bbox']]
         ]
-        tile = draw_tile(_read(Path(folder or '', image['file_name'])), marks)
+        tile = draw_tile(read_picture(Path(folder or '', image['file_name'])), marks)
         why = check.conspicuous.get(image['id'], f'{len(marks)} objects')
         cells.append((tile, f'{why}: {image["file_name"]}'[:CAPTION_LETTERS]))
     sheet = draw_grid(cells)
@@ -127,7 +127,7 @@ def _draw_images(check: DatasetCheck) -> Image.Image:
     return sheet
 
 
-def _read(path: Path) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
     """A picture as training sees it; grey where it cannot be read, which the check of all pixels names."""
     try:
         return Image.fromarray(decode(path.read_bytes(), 'pillow', str(path))[..., ::-1])
