@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
+    from .inference import Prediction, SourceError, predict
     from .models import (
         DINO,
         CDNGenerator,
@@ -72,10 +73,12 @@ __all__ = [
     'NormalizedGIoULoss',
     'PadToBuckets',
     'ParamGroupConstructor',
+    'Prediction',
     'PureQuerySelector',
     'ResizeShortestEdge',
     'SetCriterion',
     'SimpleFeaturePyramid',
+    'SourceError',
     'SwinTransformer',
     'TIMMBackbone',
     'UnknownConfigError',
@@ -86,9 +89,10 @@ __all__ = [
     'get_config',
     'get_model',
     'list_models',
+    'predict',
 ]
 #: Where the classes are; none of these is imported before one of its classes is asked for.
-_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'checkpoints.errors')
+_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'inference', 'checkpoints.errors')
 
 
 def __dir__() -> list[str]:

@@ -38,6 +38,9 @@ COMMANDS = {
     'models': Command('list the models of the zoo', "'swin*'"),
     'train': Command('train a detector', 'dino_r50_4scale_12ep --amp', 'train.py'),
     'test': Command('evaluate a checkpoint', 'dino_r50_4scale_12ep CHECKPOINT', 'test.py'),
+    'predict': Command(
+        'detect objects on pictures and videos', 'dino_r50_4scale_12ep image.jpg --weights zoo', 'predict.py'
+    ),
     'check': Command(
         'check a COCO data set before training', 'data/annotations/train.json data/images', 'check_dataset.py'
     ),
