@@ -22,6 +22,9 @@ from torch import nn
 from .detections import Detections
 from .sources import Frame, Given, Source, SourceError, find_sources, read_frames
 
+REPLACED = ('mmdet.LoadImageFromNDArray', 'mmdet.InferencerLoader')
+"""What mmdet's functions write over the first step of a model's config when they are given arrays."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -188,6 +191,8 @@ def _pipeline(config: Config) -> tuple[Callable[[dict], dict], Compose]:
     """The config's test pipeline in two: what reads a file, and what takes the array from there on."""
     steps = copy.deepcopy(get_test_pipeline_cfg(config))
     with DefaultScope.overwrite_default_scope(config.get('default_scope', 'mmdet')):
+        if steps[0].type in REPLACED:
+            steps[0].type = 'LoadImageFromFile'
         load = TRANSFORMS.build({**steps[0], 'to_float32': False})
         steps[0].type = 'mmdet.LoadImageFromNDArray'
         return load, Compose(steps)
