@@ -5,6 +5,7 @@ A file appears under its name when it is whole. Nothing is kept in memory, so th
 
 import csv
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from dino_mm.visualization import draw_detections
 from .detections import Detections
 from .sources import Frame, Source
 
+COLOURED = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 FORMATS = ('coco', 'yolo', 'csv')
 COLUMNS = ('file', 'frame', 'label', 'name', 'score', 'left', 'top', 'right', 'bottom')
 
@@ -85,20 +87,22 @@ def check_writable(folder: Path) -> None:
         raise OSError(f'{folder} cannot be written into ({error.strerror or error}). Name another folder.') from None
 
 
-def check_keeps(folder: Path, sources: Iterable[Source]) -> None:
-    """Raise OSError if an annotated picture or video would take the place of its source."""
+def check_keeps(folder: Path, sources: Sequence[Source]) -> None:
+    """Raise OSError if an annotated picture or video would take the place of a source."""
+    originals = {os.path.realpath(source.name) for source in sources if source.kind != 'array'}
     for source in sources:
         path = picture_path(folder, source)
-        if path.exists() and Path(source.name).exists() and path.samefile(source.name):
-            raise OSError(f'{path} would be overwritten by its annotated copy. Name another folder than {folder}.')
+        if os.path.realpath(path) in originals:
+            raise OSError(f'{path} would be overwritten by an annotated copy. Name another folder than {folder}.')
 
 
 def picture_path(folder: Path, source: Source) -> Path:
-    """Where the annotated picture or video goes; pictures keep their format if OpenCV writes it."""
+    """Where the annotated picture or video goes; pictures keep their format if OpenCV writes colours in it."""
     if source.kind == 'video':
         return folder / f'{source.stem}.mp4'
-    suffix = source.suffix if source.kind == 'picture' else ''
-    return folder / f'{source.stem}{suffix if suffix and cv2.haveImageWriter(f"x{suffix}") else ".png"}'
+    suffix = source.suffix
+    keeps = suffix.lower() in COLOURED and cv2.haveImageWriter(f'x{suffix}')
+    return folder / f'{source.stem}{suffix if keeps else ".png"}'
 
 
 def frame_stem(frame: Frame) -> str:
@@ -135,8 +139,7 @@ class PictureWriter:
         if self._video is not None and self._video.path != path:
             self.close(True)
         if frame.number is None:
-            _, content = cv2.imencode(path.suffix, drawn)
-            write_whole(path, content.tobytes())
+            write_whole(path, _encode(drawn, path))
             return
         if self._video is None:
             self._video = _Video(path, frame)
@@ -147,6 +150,17 @@ class PictureWriter:
         if self._video is not None:
             self._video.close(whole)
             self._video = None
+
+
+def _encode(image: NDArray[np.uint8], path: Path) -> bytes:
+    try:
+        done, content = cv2.imencode(path.suffix, image)
+    except cv2.error:
+        done = False
+    if not done:
+        size = 'x'.join(map(str, image.shape[1::-1]))
+        raise OSError(f'{path} cannot be written: its format takes no {size} pixels. Give --no-pictures.')
+    return content.tobytes()
 
 
 class _Video:

@@ -83,18 +83,22 @@ def find_sources(given: Given | Sequence[Given]) -> list[Source]:
         SourceError: There is no such file, or no picture in a folder.
     """
     found: dict[str, NDArray[np.uint8] | None] = {}
+    known: set[str] = set()
     for one in _as_list(given):
         if isinstance(one, np.ndarray):
             found[f'array {len(found)}'] = _checked(one)
-        else:
-            known = {_identity(name) for name in found}
-            found |= {name: None for name in _expand(str(one)) if _identity(name) not in known}
+            continue
+        for name in _expand(str(one)):
+            if (identity := _identity(name)) not in known:
+                known.add(identity)
+                found[name] = None
     if not found:
         raise SourceError('There is nothing to read: name a picture, a folder, a video, an address or a webcam.')
-    places = _places(list(found))
-    sources: list[Source] = []
+    places, taken = _places(list(found)), set[str]()
+    sources = []
     for name, pixels in found.items():
-        stem = _free(places[name], {source.stem for source in sources})
+        stem = _free(places[name], taken)
+        taken.add(stem)
         sources.append(Source(name, places[name], stem, _kind(name, pixels), pixels))
     return sources
 

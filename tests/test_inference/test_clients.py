@@ -16,12 +16,14 @@ from mmengine.registry import init_default_scope
 
 import dino_mm
 
+WIDTH, HEIGHT = 112, 64
+
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Config and checkpoint; a picture of noise ``image.png`` is in the current folder."""
     monkeypatch.chdir(tmp_path)
-    image = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     cv2.imwrite('image.png', image)
     return write_tiny(tmp_path)
 
@@ -115,13 +117,18 @@ def test_the_backend_of_label_studio(tiny: tuple[Path, Path], by_name: bool, mon
             continue
         for box in boxes:
             left, top, right, bottom = list(box)[:4]
-            percent = [float(left) / 192, float(top) / 128, float(right - left) / 192, float(bottom - top) / 128]
+            percent = [
+                float(left) / WIDTH,
+                float(top) / HEIGHT,
+                float(right - left) / WIDTH,
+                float(bottom - top) / HEIGHT,
+            ]
             results.append((model.dataset_meta['classes'][label], float(scores[-1]), [100 * part for part in percent]))
     (expected,) = dino_mm.predict(model, 'image.png', score_thr=0.5)
     assert [name for name, _, _ in results] == expected.names
     np.testing.assert_allclose([score for _, score, _ in results], expected.scores, atol=1e-6)
     corners = [[x, y, x + w, y + h] for _, _, (x, y, w, h) in results]
-    np.testing.assert_allclose(np.array(corners) / 100 * [192, 128, 192, 128], expected.boxes, atol=1e-3)
+    np.testing.assert_allclose(np.array(corners) / 100 * [WIDTH, HEIGHT, WIDTH, HEIGHT], expected.boxes, atol=1e-3)
 
 
 def test_page_has_a_section_for_each_and_its_code_is_python() -> None:

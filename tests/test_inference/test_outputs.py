@@ -12,6 +12,7 @@ import pytest
 from commands import python
 from detectors import CLASSES, SquareDetector, cut, picture_of, tiny_model, write_tiny, write_video
 from numpy.typing import NDArray
+from PIL import Image
 from test_env import without
 
 import dino_mm
@@ -19,9 +20,9 @@ from dino_mm.datasets.coco_file import read_coco_file
 from dino_mm.inference import command
 from dino_mm.inference.command import Request, UsageError, predict_to_folder
 from dino_mm.inference.detections import Detections
-from dino_mm.inference.outputs import FORMATS, OutputFolder
+from dino_mm.inference.outputs import FORMATS, OutputFolder, _encode
 from dino_mm.inference.prediction import Detector
-from dino_mm.inference.sources import Frame, Source, find_sources
+from dino_mm.inference.sources import PICTURES, Frame, Source, find_sources
 from dino_mm.visualization.detections import draw_detections, label_colour
 
 
@@ -130,6 +131,22 @@ def test_pictures_and_videos_are_annotated(folder: Path) -> None:
     assert np.abs(frames[0].image[21:28, :2].reshape(-1, 3).mean(0)[::-1] - label_colour(0)).max() < 60
 
 
+@pytest.mark.parametrize('suffix', PICTURES)
+def test_every_format_shows_colours(suffix: str, folder: Path) -> None:
+    """Grey formats become PNG."""
+    picture = folder / f'x{suffix.upper()}'
+    Image.fromarray(picture_of([(20, 20, 60, 50)])).convert('L' if suffix == '.pgm' else 'RGB').save(picture)
+    write(picture, folder / 'out')
+    path = folder / 'out' / ('x.png' if suffix == '.pgm' else picture.name)
+    assert np.abs(cv2.imread(str(path))[49, 40, ::-1].astype(int) - label_colour(1)).max() < 50
+
+
+def test_what_a_format_does_not_take_is_one_line(folder: Path) -> None:
+    image = np.zeros((1, 17000, 3), np.uint8)
+    with pytest.raises(OSError, match=r'^x\.webp cannot be written: its format takes no 17000x1 pixels\. Give --no'):
+        _encode(image, Path('x.webp'))
+
+
 def test_drawing_takes_boxes_on_the_rim_and_any_name() -> None:
     image = np.zeros((50, 60, 3), np.uint8)
     boxes = np.array([[0, 0, 60, 50], [59, 49, 60, 50], [10, 10, 10.2, 40]], np.float32)
@@ -223,7 +240,7 @@ def read_video(path: str) -> list[NDArray]:
         (dict(sources=['nothing.png']), 'There is no file or folder nothing.png.'),
         (dict(sources=['in/empty']), 'The folder in/empty holds no picture or video; '),
         (dict(classes=['smal']), "The model has no class 'smal'; did you mean small?"),
-        (dict(out=Path('in')), 'in/a.png would be overwritten by its annotated copy. Name another folder than in.'),
+        (dict(out=Path('in')), 'in/a.png would be overwritten by an annotated copy. Name another folder than in.'),
         (dict(out=Path('in/a.png/x')), 'in/a.png/x cannot be written into (Not a directory). Name another folder.'),
         (dict(device='cuda:99'), '--device cuda:99: '),
         (dict(device='gpu'), '--device gpu: '),
@@ -239,6 +256,16 @@ def test_what_cannot_be_done_is_one_line_before_the_work(more: dict, said: str, 
     assert len(str(caught.value).splitlines()) == 1
     assert names(squares) == before
     assert not Path('out').exists()
+
+
+def test_no_result_takes_the_place_of_another_source(squares: Path) -> None:
+    Path('both').mkdir()
+    write_video(squares / 'both/x.avi', 2)
+    write_video(squares / 'both/x.mp4', 2, 'mp4v')
+    with pytest.raises(UsageError, match=r'^both/x\.mp4 would be overwritten by an annotated copy\.'):
+        predict_to_folder(request(squares, 'both', out=Path('both')))
+    assert predict_to_folder(request(squares, 'both')) == 0
+    assert {'x.mp4', 'x.mp4.mp4', 'labels/x/000001.txt', 'labels/x.mp4/000001.txt'} <= set(names(squares / 'out'))
 
 
 @pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='may write everywhere')
