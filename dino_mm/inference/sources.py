@@ -144,7 +144,7 @@ def count_frames(source: Source) -> int | None:
 def _read_video(source: Source, on_error: Callable[[SourceError], None]) -> Iterator[Frame]:
     is_webcam = _is_webcam(source.name)
     capture = cv2.VideoCapture(int(source.name) if is_webcam else source.name)
-    count = 0
+    count, seconds = 0, 0.0
     try:
         if not capture.isOpened():
             on_error(SourceError(_unopened(source.name)))
@@ -155,12 +155,12 @@ def _read_video(source: Source, on_error: Callable[[SourceError], None]) -> Iter
             if not more:
                 break
             yield Frame(source, image.astype(np.uint8, copy=False), count, fps if fps > 0 else DEFAULT_FPS)
-            count += 1
+            count, seconds = count + 1, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
     finally:
         capture.release()
     if is_webcam:
         on_error(SourceError(f'Webcam {source.name} stopped after {count} frames.'))
-    elif _is_cut(count, stated):
+    elif _is_cut(count, seconds, stated, fps):
         of = 'any' if stated is None else f'{stated}'
         on_error(
             SourceError(
@@ -175,9 +175,16 @@ def _stated_frames(capture: cv2.VideoCapture) -> int | None:
     return stated if stated > 0 else None
 
 
-def _is_cut(count: int, stated: int | None) -> bool:
-    """Whether frames are missing; containers that state a duration alone make the number uncertain by a few."""
-    return count == 0 if stated is None else stated - count > max(1, stated // 100)
+def _is_cut(count: int, seconds: float, stated: int | None, fps: float) -> bool:
+    """Whether the end is missing.
+
+    MKV and WebM state a duration alone, from which OpenCV computes a number of frames. With a varying frame rate that
+    is too large. So both the number and the time of the last frame have to be short, by more than rounding.
+    """
+    if stated is None:
+        return count == 0
+    missing = min(stated - count, stated - seconds * fps)
+    return missing > max(2, stated / 100)
 
 
 def _as_list(given: Given | Sequence[Given]) -> list[Given]:

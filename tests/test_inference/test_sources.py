@@ -1,7 +1,12 @@
 """What there is to read, and what is said of what cannot be read."""
 
 import os
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -9,6 +14,7 @@ import pytest
 from detectors import cut, picture_of, write_video
 from numpy.typing import NDArray
 
+from dino_mm.datasets import LoadImageFromFile
 from dino_mm.inference import SourceError
 from dino_mm.inference.sources import Frame, count_frames, find_sources, read_frames
 
@@ -125,6 +131,68 @@ def test_a_cut_video_gives_what_it_has(name: str, code: str, tmp_path: Path) -> 
         f'{path}: the video ends after {len(frames)} of 60 frames, which are used. '
         'The file is cut or damaged: copy it again.'
     ]
+
+
+def encode(path: Path, steps: Sequence[int], **options: str) -> Path:
+    """A video in H.264 whose frames follow one another after some thirtieths of a second."""
+    av = pytest.importorskip('av')
+    with av.open(str(path), 'w', options=options) as container:
+        stream = container.add_stream('h264', rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 96, 64, 'yuv420p', Fraction(1, 90000)
+        noise = np.random.default_rng(0)
+        for time in np.cumsum(steps):
+            pixels = noise.integers(0, 256, (64, 96, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format='rgb24')
+            frame.pts, frame.time_base = int(time) * 3000, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize('name', ['v.mp4', 'v.mkv', 'v.mov', 'v.ts'])
+@pytest.mark.parametrize('steps', [[1], [1, 2, 3]], ids=['constant', 'varying'])
+def test_a_whole_video_is_not_taken_for_a_cut_one(name: str, steps: list[int], tmp_path: Path) -> None:
+    frames, errors = read(encode(tmp_path / name, steps * (60 // len(steps))))
+    assert errors == []
+    assert len(frames) == 60
+
+
+def test_a_cut_video_with_its_index_in_front(tmp_path: Path) -> None:
+    path = cut(encode(tmp_path / 'v.mp4', [1] * 60, movflags='faststart'))
+    frames, errors = read(path)
+    assert 15 < len(frames) < 45
+    assert [error.startswith(f'{path}: the video ends after {len(frames)} of 60 frames, ') for error in errors] == [
+        True
+    ]
+
+
+def test_pictures_and_videos_by_their_address(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / 'a.png'), picture_of([(5, 5, 9, 9)]))
+    write_video(tmp_path / 'v.avi', 4)
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        sources = find_sources([f'{address}/{name}' for name in ('a.png', 'none.png', 'v.avi', 'none.avi')])
+        loader = LoadImageFromFile()
+        errors: list[SourceError] = []
+        read_all = [
+            list(read_frames(source, lambda path: loader(dict(img_path=path))['img'], errors.append))
+            for source in sources
+        ]
+        server.shutdown()
+    assert [len(frames) for frames in read_all] == [1, 0, 4, 0]
+    np.testing.assert_array_equal(read_all[0][0].image, picture_of([(5, 5, 9, 9)]))
+    assert [str(error).partition(':')[0] for error in errors] == [
+        'Cannot read the picture http',
+        'Cannot open the video http',
+    ]
+    assert 'HTTP Error 404' in str(errors[0])
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
