@@ -66,9 +66,13 @@ class Outcome:
 
     def summary(self) -> str:
         """One line."""
-        objects = ', '.join(f'{count} {name}' for name, count in self.objects.most_common())
-        total = f'{self.objects.total()} objects'
-        return f'{self.frames} pictures, {total} ({objects})' if objects else f'{self.frames} pictures, {total}'
+        names = ', '.join(f'{count} {name}' for name, count in self.objects.most_common())
+        found = _count(self.objects.total(), 'object')
+        return f'{_count(self.frames, "picture")}, {found}{f" ({names})" if names else ""}'
+
+
+def _count(number: int, thing: str) -> str:
+    return f'{number} {thing}{"" if number == 1 else "s"}'
 
 
 def predict_to_folder(request: Request) -> int:

@@ -297,8 +297,9 @@ def test_ctrl_c_ends_the_command(squares: Path, monkeypatch: pytest.MonkeyPatch,
     assert len(read_coco_file('out/predictions.json').images) == 2
 
 
-def test_only_what_was_asked_for(squares: Path) -> None:
-    assert predict_to_folder(request(squares, 'in', pictures=False, formats=['csv'])) == 0
+def test_only_what_was_asked_for(squares: Path, capsys: pytest.CaptureFixture) -> None:
+    assert predict_to_folder(request(squares, 'in/sub', pictures=False, formats=['csv'])) == 0
+    assert capsys.readouterr().out.startswith('1 picture, 1 object (1 small) in ')
     assert names(squares / 'out') == ['predictions.csv']
 
 
