@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
+    from .inference import Prediction, SourceError, predict
     from .models import (
         DINO,
         CDNGenerator,
@@ -73,11 +74,13 @@ __all__ = [
     'NormalizedGIoULoss',
     'PadToBuckets',
     'ParamGroupConstructor',
+    'Prediction',
     'PureQuerySelector',
     'ReportHook',
     'ResizeShortestEdge',
     'SetCriterion',
     'SimpleFeaturePyramid',
+    'SourceError',
     'SwinTransformer',
     'TIMMBackbone',
     'UnknownConfigError',
@@ -88,9 +91,10 @@ __all__ = [
     'get_config',
     'get_model',
     'list_models',
+    'predict',
 ]
 #: Where the classes are; none of these is imported before one of its classes is asked for.
-_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'checkpoints.errors')
+_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'inference', 'checkpoints.errors')
 
 
 def __dir__() -> list[str]:

@@ -41,6 +41,9 @@ COMMANDS = {
     'report': Command(
         'report what went wrong in a test', 'predictions.bbox.json --ann ANN --images DIR --out report', 'report.py'
     ),
+    'predict': Command(
+        'detect objects on pictures and videos', 'dino_r50_4scale_12ep image.jpg --weights zoo', 'predict.py'
+    ),
     'check': Command(
         'check a COCO data set before training', 'data/annotations/train.json data/images', 'check_dataset.py'
     ),

@@ -9,11 +9,12 @@ from PIL import Image
 from dino_mm.registry import TRANSFORMS
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name=['ResizeShortestEdge', 'Resize'])
 class ResizeShortestEdge(Resize):
     """Resize to a shorter edge, unless the longer would pass a limit; detectron2's rounding.
 
-    mmcv rounds once, from a single factor, and differs by a pixel for some sizes.
+    mmcv rounds once, from a single factor, and differs by a pixel for some sizes. In this scope ``Resize`` is a second
+    name of it: libraries that set the input size, such as sahi, look for a transform of just that type.
 
     Args:
         scale: (shorter edge, limit of the longer edge), pixels.

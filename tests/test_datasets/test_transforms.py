@@ -23,6 +23,14 @@ def build(**more):
     return TRANSFORMS.build(dict(type='dino_mm.ResizeShortestEdge') | more)
 
 
+def test_resize_is_its_second_name_in_our_scope_alone() -> None:
+    init_default_scope('mmdet')
+    ours = TRANSFORMS.build(dict(type='Resize', _scope_='dino_mm', scale=(25, 1000)))
+    assert type(ours) is dino_mm.ResizeShortestEdge
+    mmdets = TRANSFORMS.build(dict(type='Resize', scale=(25, 1000), keep_ratio=True))
+    assert type(mmdets).__module__ == 'mmdet.datasets.transforms.transforms'
+
+
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), shorter=st.integers(100, 900))
 def test_size_keeps_shape_and_limits(height: int, width: int, shorter: int) -> None:
     new_width, new_height = shortest_edge_size(height, width, shorter, 1333)

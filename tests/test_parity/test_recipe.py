@@ -7,10 +7,12 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.registry import PARAM_SCHEDULERS, TRANSFORMS
 from parity import golden
 from torch import nn
 from zoo import ENTRIES, RECIPES, Entry, build, detrex_names, load
+
+import dino_mm
 
 each_config = pytest.mark.parametrize('entry', ENTRIES, ids=[entry.name for entry in ENTRIES])
 each_arch = pytest.mark.parametrize('entry', {e.arch: e for e in ENTRIES}.values(), ids=lambda e: e.arch)
@@ -158,7 +160,8 @@ def test_augmentation(entry: Entry) -> None:
     assert pipeline['LoadImageFromFile'].imdecode_backend == 'pillow'
     test = cfg.test_dataloader.dataset.pipeline[1]
     resize = recipe['test_mapper']['augmentation'][0]
-    assert test.type == 'dino_mm.ResizeShortestEdge'
+    assert (test.type, test._scope_) == ('Resize', 'dino_mm')
+    assert type(TRANSFORMS.build(test)) is dino_mm.ResizeShortestEdge
     assert tuple(test.scale) == (resize['short_edge_length'], resize['max_size'])
 
 

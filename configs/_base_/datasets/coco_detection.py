@@ -30,7 +30,8 @@ train_pipeline = [
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-5, 1e-5), keep_empty=False),
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
-test_resize = dict(type='dino_mm.ResizeShortestEdge', scale=(800, 1333), backend=image_backend)
+# dino_mm.ResizeShortestEdge under the name by which sahi looks for it, without a scope.
+test_resize = dict(type='Resize', _scope_='dino_mm', scale=(800, 1333), backend=image_backend)
 test_pipeline = [
     load_image,
     test_resize,

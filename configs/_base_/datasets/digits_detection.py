@@ -11,7 +11,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     {{_base_.load_image}},
-    dict(type='dino_mm.ResizeShortestEdge', scale=(128, 128)),
+    dict(type='Resize', _scope_='dino_mm', scale=(128, 128)),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}}),
 ]
