@@ -35,14 +35,16 @@ def test_starts_without_torch(arguments: list[str], as_script: bool, script: Pat
 def test_overview_names_every_command() -> None:
     done = python('-m', 'dino_mm', '--help')
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith('  ')]
-    assert listed == list(cli.COMMANDS) == ['models', 'train', 'test', 'check', 'convert', 'benchmark', 'env']
+    assert listed == list(cli.COMMANDS) == ['models', 'new', 'train', 'test', 'check', 'convert', 'benchmark', 'env']
     assert 'example: dino-mm train dino_r50_4scale_12ep' in done.stdout
     done = python('-m', 'dino_mm', status=2)
     assert 'usage: dino-mm COMMAND' in done.stderr
     assert python('-m', 'dino_mm', '--version').stdout == f'dino-mm {dino_mm.__version__}\n'
 
 
-@pytest.mark.parametrize(('typed', 'meant'), [('trian', 'train'), ('chekc', 'check'), ('xyz', 'are models, train')])
+@pytest.mark.parametrize(
+    ('typed', 'meant'), [('trian', 'train'), ('chekc', 'check'), ('xyz', 'are models, new, train')]
+)
 def test_unknown_command_is_one_line(typed: str, meant: str) -> None:
     done = python('-m', 'dino_mm', typed, status=2)
     assert done.stdout == ''

@@ -1,0 +1,447 @@
+"""Projects: every format gives the same boxes, and what does not fit is one line."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT
+from mmengine.config import Config
+from own_data import CLASSES, LAYOUTS, Item, coco_content, make_items, write_coco, write_labels, write_voc, write_yolo
+from PIL import Image
+
+import dino_mm
+from dino_mm.datasets import CheckedCocoDataset
+from dino_mm.projects import make_project
+from dino_mm.projects.conversion import read_boxes
+from dino_mm.projects.errors import ProjectError
+from dino_mm.projects.parts import divide
+from dino_mm.shipped import UnknownConfigError
+
+R50 = 'dino_r50_4scale_12ep'
+BCCD = ROOT.parent / 'shared' / 'data' / 'bccd'
+Objects = dict[str, list[tuple[str, list[float]]]]
+
+
+def truth(items: list[Item]) -> Objects:
+    """Picture -> its objects, as class and corners."""
+    return {x.name: sorted((n, [a, b, a + w, b + h]) for n, a, b, w, h in x.objects) for x in items}
+
+
+def read(config: Config, split: str) -> Objects:
+    """What the data set of a project holds; all pictures have to be there."""
+    settings = dict(config[f'{split}_dataloader'].dataset)
+    for key in ('type', 'pipeline', 'filter_cfg'):
+        settings.pop(key, None)
+    dataset = CheckedCocoDataset(**settings, pipeline=[])
+    dataset.require_pictures()
+    names = dataset.metainfo['classes']
+    return {
+        Path(info['img_path']).name: sorted((names[i['bbox_label']], i['bbox']) for i in info['instances'])
+        for info in (dataset.get_data_info(index) for index in range(len(dataset)))
+    }
+
+
+def assert_same(found: Objects, expected: Objects, tolerance: float = 0.5) -> None:
+    assert found.keys() == expected.keys()
+    for name, objects in expected.items():
+        assert [label for label, _ in found[name]] == [label for label, _ in objects], name
+        for (_, box), (_, stated) in zip(found[name], objects, strict=True):
+            assert box == pytest.approx(stated, abs=tolerance), name
+
+
+def project(tmp_path: Path, data: Path, **more: Any) -> Config:
+    """A project's config, read by mmengine."""
+    made = make_project(tmp_path / 'project', data, more.pop('model', R50), **more)
+    return Config.fromfile(made.config)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_layout_gives_the_same_boxes_and_labels(layout: str, tmp_path: Path) -> None:
+    splits = {'train': make_items(9), 'val': make_items(4, 20), 'test': make_items(4, 40)}
+    LAYOUTS[layout](tmp_path / 'data', splits)
+    config = project(tmp_path, tmp_path / 'data')
+    for split, items in splits.items():
+        expected = truth(items)
+        if split == 'train':  # the recipe trains on pictures with objects alone
+            assert config.train_dataloader.dataset.filter_cfg == dict(filter_empty_gt=True)
+        assert_same(read(config, split), expected, tolerance=0.5 if 'voc' in layout else 0.01)
+    assert set(config.train_dataloader.dataset.metainfo.classes) == set(CLASSES)
+    assert (config.classes == CLASSES) is ('voc' not in layout)
+    for name in ('val', 'test'):
+        assert Path(config[f'{name}_evaluator'].ann_file).is_file()
+    assert config.model.bbox_head.num_classes == 3
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason='real data are not in every checkout')
+@pytest.mark.parametrize('write', [write_yolo, write_voc])
+def test_real_data_survive_conversion(write: Callable, tmp_path: Path) -> None:
+    splits: dict[str, list[Item]] = {}
+    for split in ('train', 'val'):
+        content = json.loads((BCCD / 'annotations' / f'{split}.json').read_text())
+        names = {row['id']: row['name'] for row in content['categories']}
+        for image in content['images'][:12]:
+            boxes = [a for a in content['annotations'] if a['image_id'] == image['id']]
+            objects = [(CLASSES[sorted(names.values()).index(names[a['category_id']])], *a['bbox']) for a in boxes]
+            size = (image['width'], image['height'])
+            splits.setdefault(split, []).append(Item(image['file_name'], size, objects))
+    write(tmp_path / 'data', splits)
+    for picture in (tmp_path / 'data').rglob('*.jpg'):
+        shutil.copy(BCCD / 'images' / picture.name, picture)
+    config = project(tmp_path, tmp_path / 'data')
+    for split, items in splits.items():
+        assert sum(len(item.objects) for item in items) > 100
+        assert_same(read(config, split), truth(items))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_without_a_validation_set_a_fifth_becomes_one(layout: str, tmp_path: Path) -> None:
+    items = make_items(20)
+    LAYOUTS[layout](tmp_path / 'data', {'train': items})
+    config = project(tmp_path, tmp_path / 'data')
+    train, val, test = (read(config, split) for split in ('train', 'val', 'test'))
+    assert len(val) == 4  # 3 of 15 with objects, 1 of 5 without
+    assert sum(not objects for objects in val.values()) == 1
+    assert not train.keys() & val.keys()
+    assert_same(train | val, truth(items))
+    assert test == val
+
+
+def test_the_seed_alone_decides_the_division() -> None:
+    content = coco_content(make_items(20))
+    images, annotations = content['images'], content['annotations']
+
+    def validation(seed: int, order: int = 1) -> set[str]:
+        _, val = divide(images[::order], annotations[::order], seed, Path('x.json'))
+        return {image['file_name'] for image in val['images']}
+
+    assert validation(0) == validation(0, order=-1)
+    assert len({frozenset(validation(seed)) for seed in range(5)}) == 5
+
+
+def test_versions_of_one_picture_stay_together(tmp_path: Path) -> None:
+    items = make_items(30)
+    for i, item in enumerate(items):
+        item.name = f'{i // 3}_jpg.rf.{i:032x}.jpg'
+        item.objects = item.objects or [('crate', 1, 1, 5, 5)]
+    LAYOUTS['roboflow coco'](tmp_path / 'data', {'train': items})
+    config = project(tmp_path, tmp_path / 'data')
+    train, val = ({name.split('_')[0] for name in read(config, split)} for split in ('train', 'val'))
+    assert (len(train), len(val), train & val) == (8, 2, set())
+
+
+def test_converted_annotations_meet_every_rule(tmp_path: Path) -> None:
+    """Ids from 1 on, areas, no crowds, sizes as decoded, no mask: nothing for the check to note but missing masks."""
+    items = make_items(6)
+    write_yolo(tmp_path / 'data', {'train': items, 'val': items})
+    # Turned by EXIF: 80 x 60 in the file, 60 x 80 as every decoder shows it; its label is of what is shown.
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (80, 60)).save(tmp_path / 'data/images/train/turned.jpg', exif=exif)
+    (tmp_path / 'data/labels/train/turned.txt').write_text('1 0.5 0.5 1 0.5\n')
+    made = make_project(tmp_path / 'project', tmp_path / 'data', R50)
+    content = json.loads((tmp_path / 'project/annotations/train.json').read_text())
+    for name in ('images', 'annotations', 'categories'):
+        assert [row['id'] for row in content[name]] == list(range(1, len(content[name]) + 1))
+    assert all(
+        a['iscrowd'] == 0 and a['area'] == pytest.approx(a['bbox'][2] * a['bbox'][3]) for a in content['annotations']
+    )
+    turned = next(image for image in content['images'] if image['file_name'].endswith('turned.jpg'))
+    assert (turned['width'], turned['height'], turned['file_name']) == (60, 80, 'images/train/turned.jpg')
+    assert [a['bbox'] for a in content['annotations'] if a['image_id'] == turned['id']] == [[0, 20, 60, 40]]
+    noted = re.findall(r'^noted  \d+ (.*?):', made.report, re.MULTILINE)
+    assert noted == ['annotations without a `segmentation`'] * 2
+
+
+def test_polygons_are_objects_and_never_crowds(tmp_path: Path) -> None:
+    """One that crosses itself has two parts, which supervision would write as a crowd."""
+    items = make_items(2)
+    write_yolo(tmp_path / 'data', {'train': items, 'val': items})
+    picture, label = tmp_path / 'data/images/train/poly.png', tmp_path / 'data/labels/train/poly.txt'
+    Image.new('RGB', (100, 200)).save(picture)
+    label.write_text('2 0.1 0.1 0.9 0.9 0.9 0.1 0.1 0.9\n0 0.5 0.5 0.2 0.1\n')
+    config = project(tmp_path, tmp_path / 'data')
+    assert_same(
+        {'x': read(config, 'train')['poly.png']}, {'x': [('crate', [40, 90, 60, 110]), ('person', [10, 20, 90, 180])]}
+    )
+    content = json.loads((tmp_path / 'project/annotations/train.json').read_text())
+    assert {a['iscrowd'] for a in content['annotations']} == {0}
+
+
+def test_equal_names_in_several_folders_are_several_pictures(tmp_path: Path) -> None:
+    first, second = make_items(4), make_items(4, 20)
+    for one, other in zip(first, second, strict=True):
+        other.name = one.name
+    for folder, items in (('a', first), ('b', second)):
+        for item in items:
+            item.save(tmp_path / 'data/images/train' / folder)
+        write_labels(tmp_path / 'data/labels/train' / folder, items)
+        for item in items:
+            item.save(tmp_path / 'data/images/val' / folder)
+        write_labels(tmp_path / 'data/labels/val' / folder, items)
+    (tmp_path / 'data/data.yaml').write_text(f'names: {list(CLASSES)}')
+    project(tmp_path, tmp_path / 'data')
+    content = json.loads((tmp_path / 'project/annotations/train.json').read_text())
+    assert len({image['file_name'] for image in content['images']}) == 8
+    assert len(content['annotations']) == sum(len(item.objects) for item in first + second)
+
+
+def test_config_states_the_project_in_few_lines(tmp_path: Path) -> None:
+    items = make_items(8)
+    items[0].objects = [('person', 1, 1, 20, 20)]
+    write_coco(tmp_path / 'data', {'train': items, 'val': items})
+    config = project(tmp_path, tmp_path / 'data', gpus=4, epochs=30, image_size=320, batch_size=3)
+    text = (tmp_path / 'project/config.py').read_text()
+    assert f"_base_ = 'dino_mm::{R50}'\n" in text
+    assert 'The learning rate is 0.0001 for 16 images a step' in text
+    assert '# 7.5e-05 for 4 GPUs x 3.' in text
+    assert text.startswith(f'# Fine-tunes {R50} on COCO data of 3 classes: 8 images for train, 8 images for val.\n')
+    assert f'tools/dist_train.sh {tmp_path}/project/config.py 4\n' in text
+    assert len(text.splitlines()) < 50
+    assert (config.train_cfg.max_epochs, config.train_dataloader.batch_size, config.auto_scale_lr.enable) == (
+        30,
+        3,
+        True,
+    )
+    assert config.test_dataloader.dataset.pipeline[1].scale == (320, 533)
+    assert config.load_from == dino_mm.zoo.zoo_models()[R50].weights
+    assert config.model.backbone.init_cfg is None
+    assert config.default_hooks.loading == dict(type='dino_mm.LoadCheckpointHook', class_transfer=True)
+    assert config.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    assert [hook.type for hook in config.custom_hooks] == ['NumClassCheckHook', 'EMAHook', 'EarlyStoppingHook']
+    assert config.work_dir == str(tmp_path / 'project/work_dir')
+    assert sorted(path.name for path in (tmp_path / 'project').iterdir()) == ['config.py']  # COCO's files stay in place
+    (tmp_path / 'project').rename(tmp_path / 'moved')
+    assert Config.fromfile(tmp_path / 'moved/config.py').work_dir == str(tmp_path / 'moved/work_dir')
+
+
+@pytest.mark.parametrize(('images', 'epochs'), [(10, 100), (205, 100), (1000, 40), (118_000, 12)])
+def test_fewer_images_are_seen_more_often(images: int, epochs: int) -> None:
+    from dino_mm.projects.config_text import default_epochs
+
+    assert default_epochs(images) == epochs
+
+
+def test_models_without_weights_start_from_their_backbone(tmp_path: Path) -> None:
+    write_coco(tmp_path / 'data', {'train': make_items(4), 'val': make_items(4)})
+    config = project(tmp_path, tmp_path / 'data', model='dino_r50_4scale_12ep_amp')
+    assert config.load_from is None
+    assert config.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
+    assert config.default_hooks.loading == dict(type='dino_mm.LoadCheckpointHook')
+
+
+def test_every_model_of_the_zoo_makes_a_project(tmp_path: Path) -> None:
+    write_coco(tmp_path / 'data', {'train': make_items(4), 'val': make_items(4)})
+    for name in (
+        'dino_vitdet_large_4scale_50ep',
+        'dino_swin_tiny_224_4scale_12ep',
+        'dino_internimage_tiny_4scale_12ep',
+    ):
+        config = project(tmp_path / name, tmp_path / 'data', model=name)
+        assert config.model.bbox_head.num_classes == 3
+        assert config.train_cfg.max_epochs == 100
+
+
+def test_classes_choose_and_order_the_labels(tmp_path: Path) -> None:
+    items = make_items(9)
+    write_yolo(tmp_path / 'data', {'train': items, 'val': items})
+    config = project(tmp_path, tmp_path / 'data', classes=['person', 'crate'])
+    assert config.model.bbox_head.num_classes == 2
+    assert config.train_dataloader.dataset.metainfo.classes == ('person', 'crate')
+    expected = {name: [o for o in objects if o[0] != 'barrel'] for name, objects in truth(items).items()}
+    assert_same(read(config, 'val'), expected)
+
+
+def test_coco_s_own_folder(tmp_path: Path) -> None:
+    """Files of other tasks beside, pictures of equal names in all splits, a test without labels."""
+    splits = {'train2017': make_items(6), 'val2017': make_items(6)}
+    write_coco(tmp_path / 'data', splits)
+    content = coco_content(make_items(6))
+    (tmp_path / 'data/annotations/person_keypoints_train2017.json').write_text(json.dumps(content))
+    (tmp_path / 'data/annotations/captions_train2017.json').write_text(json.dumps(dict(images=[], annotations=[])))
+    del content['annotations']
+    (tmp_path / 'data/annotations/image_info_test2017.json').write_text(json.dumps(content))
+    config = project(tmp_path, tmp_path / 'data')
+    for split in ('train', 'val'):
+        assert config[f'{split}_dataloader'].dataset.ann_file == f'annotations/instances_{split}2017.json'
+        assert config[f'{split}_dataloader'].dataset.data_prefix == dict(img=f'images/{split}2017')
+    assert config.test_dataloader.dataset == config.val_dataloader.dataset
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def lose_pictures(data: Path) -> None:
+    for path in data.rglob('*'):
+        if path.suffix.lower() in ('.jpg', '.png'):
+            path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
+
+
+#: Layout, what is done to it, arguments, what is said.
+FAULTS: dict[str, tuple[str, Callable[[Path], Any], dict, str]] = {
+    'no annotations': ('coco', lambda d: shutil.rmtree(d / 'annotations'), {}, 'there are no annotations below it'),
+    'no names': (
+        'yolo',
+        lambda d: (d / 'data.yaml').unlink(),
+        {},
+        'has a YOLO label, but no YAML file names the classes',
+    ),
+    'no folder': ('coco', shutil.rmtree, {}, 'there is no such folder'),
+    'two formats': (
+        'coco',
+        lambda d: write_voc(d / 'x', {'train': make_items(2)}),
+        {},
+        r'COCO \(.*\) and Pascal VOC \(',
+    ),
+    'no pictures': ('voc', lose_pictures, {}, 'there is no picture below it'),
+    'pictures elsewhere': (
+        'coco',
+        lambda d: [shutil.rmtree(d / 'images'), Image.new('RGB', (9, 9)).save(d / 'other.png')],
+        {},
+        'no images found. It lists photo 0.jpg, which is nowhere below',
+    ),
+    'one picture': (
+        'coco',
+        lambda d: (d / 'images/val/photo 20.JPG').unlink(),
+        {},
+        '1 images whose picture is missing',
+    ),
+    'xml alone': ('roboflow voc', lambda d: (d / 'train/photo 1.png').unlink(), {}, r'photo 1.xml: no images found'),
+    'damaged picture': (
+        'yolo',
+        lambda d: (d / 'images/train/photo 0.jpg').write_text('no'),
+        {},
+        r'photo 0\.(txt|jpg): .*photo 0\.jpg',
+    ),
+    'no boxes': ('coco', lambda d: empty(d / 'annotations/instances_val.json'), {}, "the split 'val' has no boxes"),
+    'no boxes at all': (
+        'voc',
+        lambda d: [path.write_text('<annotation/>') for path in voc_files(d)],
+        {},
+        'no boxes',
+    ),
+    'no training set': (
+        'coco',
+        lambda d: (d / 'annotations/instances_train.json').unlink(),
+        {},
+        'there is no training set',
+    ),
+    'two of a split': (
+        'coco',
+        lambda d: shutil.copy(d / 'annotations/instances_val.json', d / 'instances_val2.json'),
+        {},
+        "are both annotation files of the split 'val'",
+    ),
+    'broken JSON': (
+        'coco',
+        lambda d: (d / 'annotations/instances_val.json').write_text('{"images": ['),
+        {},
+        r'instances_val\.json: it is no valid JSON \(Expecting value',
+    ),
+    'broken XML': ('voc', lambda d: next(voc_files(d)).write_text('<annotation'), {}, r'\.xml: it is no valid XML'),
+    'broken YAML': ('yolo', lambda d: (d / 'data.yaml').write_text('names: [a'), {}, 'it is no valid YAML'),
+    'names with gaps': (
+        'yolo',
+        lambda d: replace(d / 'data.yaml', '  0: crate\n', '  7: crate\n'),
+        {},
+        r'`names` has the numbers \[1, 2, 7\], not 0 to 2',
+    ),
+    'names twice': ('yolo', lambda d: replace(d / 'data.yaml', 'barrel', 'crate'), {}, '`names` has crate twice'),
+    'unknown label': (
+        'roboflow yolo',
+        lambda d: (d / 'train/labels/photo 1.txt').write_text('3 0.5 0.5 0.1 0.1'),
+        {},
+        r'photo 1\.txt: .*class_id 3, outside the valid range \[0, 2\] for 3 classes',
+    ),
+    'short label': (
+        'yolo',
+        lambda d: (d / 'labels/train/photo 1.txt').write_text('0 0.5 0.5'),
+        {},
+        r'photo 1\.txt: .*5 tokens',
+    ),
+    'voc without box': (
+        'voc',
+        lambda d: replace(d / 'Annotations/photo 1.xml', 'bndbox', 'box'),
+        {},
+        r'photo 1\.xml: Missing bndbox',
+    ),
+    'no such class': (
+        'yolo',
+        lambda d: None,
+        {'classes': ['Person']},
+        r"Person \(did you mean 'person'\?\); it has 'crate'",
+    ),
+    'no such class in COCO': (
+        'coco',
+        lambda d: None,
+        {'classes': ['dog', 'crate']},
+        'no labels of the class dog; it has',
+    ),
+    'class twice': ('coco', lambda d: None, {'classes': ['crate', 'crate']}, '`classes` names crate twice'),
+}
+
+
+def voc_files(data: Path) -> Any:
+    return iter(sorted(data.glob('Annotations/*.xml')))
+
+
+@pytest.mark.parametrize('case', FAULTS)
+def test_what_does_not_fit_is_one_line_and_nothing_is_written(case: str, tmp_path: Path) -> None:
+    layout, damage, arguments, said = FAULTS[case]
+    data = tmp_path / 'data'
+    LAYOUTS[layout](data, {'train': make_items(5), 'val': make_items(5, 20)})
+    damage(data)
+    with pytest.raises(ProjectError, match=said) as caught:
+        make_project(tmp_path / 'out' / 'project', data, R50, **arguments)
+    assert '\n' not in str(caught.value)
+    assert str(data) in str(caught.value) or '--classes' in str(caught.value)
+    assert not list((tmp_path / 'out').glob('*'))
+    assert not list((tmp_path / 'out').glob('.*'))
+
+
+def test_target_is_never_written_into(tmp_path: Path) -> None:
+    write_coco(tmp_path / 'data', {'train': make_items(4), 'val': make_items(4)})
+    (tmp_path / 'project').mkdir()
+    project(tmp_path, tmp_path / 'data')  # an empty folder will do
+    before = (tmp_path / 'project/config.py').read_text()
+    with pytest.raises(ProjectError, match=r'project: it exists and is not an empty folder. Name another one'):
+        project(tmp_path, tmp_path / 'data', epochs=3)
+    assert (tmp_path / 'project/config.py').read_text() == before
+    with pytest.raises(
+        UnknownConfigError, match=r"no config 'dino_r50_4scale_13ep'. It has: .*dino_r50_4scale_12ep.py"
+    ):
+        make_project(tmp_path / 'other', tmp_path / 'data', 'dino_r50_4scale_13ep')
+    assert not (tmp_path / 'other').exists()
+
+
+def test_without_supervision_one_line_tells_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_yolo(tmp_path / 'data', {'train': make_items(4), 'val': make_items(4)})
+    write_coco(tmp_path / 'coco', {'train': make_items(4), 'val': make_items(4)})
+    monkeypatch.setitem(sys.modules, 'supervision', None)
+    with pytest.raises(ProjectError, match=r"^YOLO and Pascal VOC .* missing: pip install 'supervision>=0.31'$"):
+        make_project(tmp_path / 'project', tmp_path / 'data', R50)
+    assert make_project(tmp_path / 'project', tmp_path / 'coco', R50).config.is_file()  # COCO needs none
+
+
+def test_boxes_are_read_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    items = make_items(7)
+    write_yolo(tmp_path, {'train': items})
+    from dino_mm.projects import conversion
+    from dino_mm.projects.inventory import take_inventory
+
+    found = take_inventory(tmp_path)
+    labelled = conversion.yolo_splits(found, tmp_path / 'data.yaml')['train']
+    whole = list(read_boxes(labelled, tmp_path / 'data.yaml'))
+    monkeypatch.setattr(conversion, 'CHUNK', 3)
+    assert list(read_boxes(labelled, tmp_path / 'data.yaml')) == whole
+    assert [one.picture.name for one in whole] == sorted(item.name for item in items)
