@@ -10,7 +10,6 @@ import torch
 
 from dino_mm.projects import make_project
 from dino_mm.projects.errors import ProjectError
-from dino_mm.shipped import UnknownConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +41,7 @@ def main() -> None:
     options = vars(parse_args())
     try:
         project = make_project(options.pop('project'), **options)
-    except (ProjectError, UnknownConfigError) as error:
+    except (ProjectError, OSError) as error:  # an unknown model is one of the latter
         raise SystemExit(f'error: {error}') from None
     print(project.report)
     print(f'written: {project.config}\ntrain it: {project.command}')

@@ -43,7 +43,9 @@ def make_project(
     classes: Sequence[str] | None = None,
     gpus: int = 1,
     seed: int = 0,
-    **settings: int | None,
+    epochs: int | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
 ) -> Project:
     """Make a folder with a config that fine-tunes a model on a data set.
 
@@ -57,29 +59,30 @@ def make_project(
         classes: Names of the labels; the data's own by default.
         gpus: Number of GPUs, for the learning rate that the config tells.
         seed: Of the division, where the data have no validation set.
-        **settings: ``image_size``, ``epochs``, ``batch_size``; by default those of the recipe, and epochs by the number
-            of images.
+        epochs: Length of the training; by default the fewer, the more images there are.
+        image_size: Shorter edge of a test, pixels; the recipe's by default.
+        batch_size: Images of each GPU; the recipe's by default.
 
     Raises:
         ProjectError: Data or arguments do not fit; one line.
         UnknownConfigError: There is no such model; names the nearest.
     """
+    target, stated = target.absolute(), target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ProjectError(f'{target}: it exists and is not an empty folder. Name another one, or remove it.')
-    recipe = _recipe(model, settings)
+        raise ProjectError(f'{stated}: it exists and is not an empty folder. Name another one, or remove it.')
+    recipe = _recipe(model, image_size, batch_size)
     found = take_inventory(data.absolute())
     kind = found.format()
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.absolute().parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
     try:
         parts, checks = _prepare(found, work / 'annotations', seed, classes)
         names = tuple(classes or _names(checks['train']))
-        images = len(checks['train'].file.images)
-        command = launch_command(str(target / 'config.py'), gpus)
+        command = launch_command(str(stated / 'config.py'), gpus)
         what = f'{kind} data of {len(names)} classes: ' + ', '.join(
             f'{len(check.file.images)} images for {split}' for split, check in checks.items()
         )
-        epochs = settings.get('epochs') or default_epochs(images)
+        epochs = epochs or default_epochs(len(checks['train'].file.images))
         text = config_text(recipe, parts, names, found.folder, epochs, gpus, what, command)
         (work / 'config.py').write_text(text, encoding='utf-8')
         work.chmod(0o755)
@@ -89,11 +92,11 @@ def make_project(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    report = '\n'.join(check.report().replace(str(work), str(target)) for check in checks.values())
-    return Project(target / 'config.py', command, report)
+    report = '\n'.join(check.report().replace(str(work), str(stated)) for check in checks.values())
+    return Project(stated / 'config.py', command, report)
 
 
-def _recipe(model: str, settings: dict[str, int | None]) -> Recipe:
+def _recipe(model: str, image_size: int | None, batch_size: int | None) -> Recipe:
     base = find(model).removesuffix('.py')
     config = get_config(base)
     zoo = zoo_models().get(Path(base).stem)
@@ -105,8 +108,8 @@ def _recipe(model: str, settings: dict[str, int | None]) -> Recipe:
         lr=config.optim_wrapper.optimizer.lr,
         base_batch=config.auto_scale_lr.base_batch_size,
         has_init_cfg=config.model.backbone.get('init_cfg') is not None,
-        image_size=settings.get('image_size') or min(scale),
-        batch_size=settings.get('batch_size') or config.train_dataloader.batch_size,
+        image_size=image_size or min(scale),
+        batch_size=batch_size or config.train_dataloader.batch_size,
     )
 
 

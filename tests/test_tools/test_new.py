@@ -12,18 +12,20 @@ import torch
 from commands import ROOT, options, python, scalars
 from mmengine.config import Config
 
+from dino_mm import get_config
+from dino_mm.registry import MODELS
+
 sys.path.insert(0, str(ROOT / 'tests' / 'test_projects'))
 from own_data import make_items, write_coco, write_yolo
 
 #: Shrinks R50 until it trains an iteration in a fraction of a second.
 TINY = {
-    'load_from': 'None',
     'model.num_queries': 12,
     'model.num_feature_levels': 3,
     'model.embed_dims': 16,
     'model.backbone.depth': 18,
     'model.backbone.base_channels': 4,
-    'model.neck.in_channels': '[8,16,32]',
+    'model.neck.in_channels': [8, 16, 32],
     'model.neck.out_channels': 16,
     'model.neck.num_outs': 3,
     'model.neck.norm_cfg.num_groups': 4,
@@ -34,7 +36,6 @@ TINY = {
     'model.decoder.num_heads': 2,
     'model.decoder.feedforward_channels': 32,
     'model.denoising.num_dn_queries': 6,
-    'image_size': 64,
 }
 
 
@@ -45,6 +46,14 @@ def commands() -> Iterator[list[str]]:
             name, *arguments = shlex.split(line)
             assert name == 'dino-mm'
             yield arguments
+
+
+def coco_checkpoint(path: Path) -> Path:
+    """A small detector of COCO's classes, in place of the zoo's."""
+    config = get_config('dino_r50_4scale_12ep')
+    config.merge_from_dict({**TINY, 'model.backbone.init_cfg': None})
+    torch.save(dict(state_dict=MODELS.build(config.model).state_dict()), path)
+    return path
 
 
 def dino_mm(*arguments: str | Path, **more) -> str:
@@ -71,9 +80,10 @@ def test_new_tells_what_it_found_and_how_to_train(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_commands_of_the_page_train_and_test(tmp_path: Path) -> None:
     write_yolo(tmp_path / 'data', {'train': make_items(10), 'val': make_items(4, 20)})
+    start = coco_checkpoint(tmp_path / 'coco.pth')
     work_dir, ran = tmp_path / 'my_project' / 'work_dir', []
     for arguments in commands():
-        settings = dict(TINY)
+        settings = TINY | {'image_size': 64, 'load_from': start}
         if arguments[0] == 'train' and '--cfg-options' not in arguments:
             settings['epochs'] = 4
         if arguments[0] == 'test':
@@ -84,6 +94,8 @@ def test_commands_of_the_page_train_and_test(tmp_path: Path) -> None:
             arguments += given[1:] if '--cfg-options' in arguments else given
         ran.append((arguments[0], dino_mm(*arguments, cwd=tmp_path)))
     assert [name for name, _ in ran] == ['new', 'train', 'test', 'new', 'train']
+    for name, source in (('crate', 'new'), ('barrel', 'new'), ('person', r'person \(row 0\)')):
+        assert re.search(rf'^{name} +<- {source}$', ran[1][1], re.MULTILINE)
     assert 'coco/bbox_mAP:' in ran[2][1]
     lines = scalars(work_dir)
     assert [line['step'] for line in lines if 'coco/bbox_mAP' in line] == [1, 2, 3, 4]
