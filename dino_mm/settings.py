@@ -1,8 +1,9 @@
 """Settings: one value of a config that reaches every place which depends on it.
 
-Configs of ours have four of them, in ``_base_/default_runtime.py``: ``image_size``, ``batch_size``, ``epochs`` and
-``max_iters``. None keeps what the recipe states. ``mmengine.Config.fromfile`` applies them to a config that inherits
-ours, and :func:`read_config` to the options of a command line too. The rules stand in ``docs/own_data.md``.
+Configs of ours have five of them, in ``_base_/default_runtime.py``: ``image_size``, ``batch_size``, ``epochs``,
+``max_iters`` and ``val_interval``. None keeps what the recipe states. ``mmengine.Config.fromfile`` applies them to a
+config that inherits ours, and :func:`read_config` to the options of a command line too. The rules stand in
+``docs/own_data.md``.
 """
 
 from __future__ import annotations
@@ -73,7 +74,21 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     config.merge_from_dict(options)
     if has_settings(config):
         apply_settings(config)
+        _require_one_length(config, options)
+        # What the command line says of a place goes over what a setting makes of it.
+        config.merge_from_dict({key: value for key, value in options.items() if key not in SETTINGS})
     return config
+
+
+def _require_one_length(config: Config, options: Mapping[str, Any]) -> None:
+    """Raise SettingError if an option of the loop contradicts a setting."""
+    length = next((name for name in ('epochs', 'max_iters') if config[name] is not None), None)
+    for key, name in (('train_cfg.max_epochs', 'epochs'), ('train_cfg.max_iters', 'max_iters')):
+        if length is not None and key in options:
+            raise SettingError(
+                f'{config.filename}: `{key}` contradicts the setting `{length}={config[length]}`. '
+                f'Give `{name}={options[key]}` instead.'
+            )
 
 
 def apply_settings(config: Config) -> None:
@@ -101,6 +116,11 @@ def apply_settings(config: Config) -> None:
         _set_batch_size(config, config.batch_size, file)
     if 'train_cfg' in config and (config.epochs or config.max_iters):
         set_length(config, config.epochs or config.max_iters, by_epoch=config.epochs is not None)
+    if 'train_cfg' in config and config.val_interval is not None:
+        config.train_cfg.val_interval = config.val_interval
+        checkpoint = config.get('default_hooks', {}).get('checkpoint')
+        if checkpoint:
+            checkpoint.interval = config.val_interval
 
 
 def _set_image_size(config: Config, size: int, file: str) -> None:

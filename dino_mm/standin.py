@@ -26,7 +26,7 @@ MODULE = 'mmcv._ext'
 CONFIGS = 'mmengine.config.config'
 PREFIX = 'dino_mm::'
 #: Of :mod:`dino_mm.settings`.
-SETTINGS = ('image_size', 'batch_size', 'epochs', 'max_iters')
+SETTINGS = ('image_size', 'batch_size', 'epochs', 'max_iters', 'val_interval')
 WAY_OUT = (
     '`make setup MMCV=build` in a checkout of dino_mm compiles them; elsewhere: '
     '`pip uninstall -y mmcv-lite`, then `pip install --no-build-isolation mmcv==2.1.0` with a C++ compiler.'

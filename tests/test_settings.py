@@ -126,6 +126,26 @@ def test_max_iters_bounds_intervals_and_moves_schedules(tmp_path: Path) -> None:
     assert config.default_hooks.checkpoint.by_epoch is config.log_processor.by_epoch is False
 
 
+def test_val_interval_counts_in_the_unit_of_the_training(tmp_path: Path) -> None:
+    for length in ({'epochs': 30}, {'max_iters': 100}, {}):
+        config = read_config(dino_mm.cfg(R50), length | {'val_interval': 7})
+        assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == 7
+        assert config.default_hooks.checkpoint.by_epoch is ('epochs' in length)
+
+
+def test_options_for_a_place_go_over_settings(tmp_path: Path) -> None:
+    places = {'train_cfg.val_interval': 3, 'train_dataloader.num_workers': 9, 'param_scheduler.0.milestones': [5]}
+    config = read_config(child(tmp_path, 'epochs = 24\nbatch_size = 4'), {'image_size': 640, **places})
+    assert (config.train_cfg.val_interval, config.train_dataloader.num_workers) == (3, 9)
+    assert config.param_scheduler[0].milestones == [5]
+    assert config.train_cfg.max_epochs == 24
+    for key, way in (('max_iters', 'max_iters=20'), ('max_epochs', 'epochs=20')):
+        with pytest.raises(
+            SettingError, match=f'train_cfg.{key}` contradicts the setting `epochs=24`. Give `{way}` instead.'
+        ):
+            read_config(child(tmp_path, 'epochs = 24'), {f'train_cfg.{key}': 20})
+
+
 def test_batch_size_reaches_loader_workers_and_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('os.cpu_count', lambda: 6)
     for size, workers in ((1, 2), (4, 4), (16, 6)):
@@ -179,6 +199,7 @@ def test_options_replace_the_other_length_of_a_file(tmp_path: Path) -> None:
         ('image_size = (640, 640)', r'`image_size` is \(640, 640\). It is a whole number from 1 on, or None.'),
         ('epochs = 0', '`epochs` is 0.'),
         ('batch_size = True', '`batch_size` is True.'),
+        ('val_interval = -1', '`val_interval` is -1.'),
         ('max_iters = 1e4', '`max_iters` is 10000.0.'),
         ('epochs = 3; max_iters = 4', '`epochs` is 3 and `max_iters` 4. Set one of them to None.'),
         ('batch_size = 2; auto_scale_lr = dict(_delete_=True)', '`batch_size` needs `auto_scale_lr.base_batch_size`'),

@@ -8,6 +8,7 @@ image_size = None  # shorter edge in pixels; all lengths of the augmentation fol
 batch_size = None  # images of each GPU; the learning rate follows with the number of GPUs
 epochs = None  # or
 max_iters = None
+val_interval = None  # epochs or iterations from one validation to the next; each is followed by a checkpoint
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

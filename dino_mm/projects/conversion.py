@@ -178,12 +178,18 @@ def yolo_splits(found: Inventory, yaml_file: Path) -> dict[str, list[Labelled]]:
     if 'train' in splits:
         if splits['train'] == splits.get('val'):  # as in ultralytics' own small examples
             del splits['val']
-        return splits
+        return _without_blank_test(splits)
     by_word: dict[str, list[Labelled]] = {}
     for picture in found.pictures:
         split = found.split_of(picture.parent / '_') or ALL
         by_word.setdefault(split, []).append(Labelled(picture, label_of(picture, found.others)))
-    return by_word
+    return _without_blank_test(by_word)
+
+
+def _without_blank_test(splits: dict[str, list[Labelled]]) -> dict[str, list[Labelled]]:
+    """The splits without a test that nobody has labelled."""
+    blank = not any(one.label for one in splits.get('test', ()))
+    return {split: labelled for split, labelled in splits.items() if split != 'test' or not blank}
 
 
 def _resolve(found: Inventory, yaml_file: Path, content: dict, place: Any) -> Path | None:

@@ -99,7 +99,7 @@ def label_of(picture: Path, files: set[Path]) -> Path | None:
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Look through a folder; hidden files and folders are left out, links are followed.
+    """Look through a folder; hidden files and projects of ours are left out, links are followed.
 
     Raises:
         ProjectError: There is no such folder, or a file of annotations cannot be read.
@@ -132,15 +132,21 @@ def _files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if 'config.py' in names and b"'dino_mm::" in Path(here, 'config.py').read_bytes():
+            folders.clear()  # a project, whose annotations are copies of what was found before
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         files += [Path(here, name) for name in sorted(names) if not name.startswith('.')]
     return files
 
 
 def _is_coco(path: Path) -> bool:
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except ValueError as error:
+        if not any(key in text for key in (b'"images"', b'"annotations"', b'"categories"')):
+            return False  # a log, for example
         raise ProjectError(f'{path}: it is no valid JSON ({error}). Write it again, or move it elsewhere.') from None
     return isinstance(content, dict) and all(isinstance(content.get(key), list) for key in ('images', 'categories'))
 
@@ -149,6 +155,8 @@ def _is_voc(path: Path) -> bool:
     try:
         return ElementTree.parse(path).getroot().tag == 'annotation'
     except ElementTree.ParseError as error:
+        if b'<annotation' not in path.read_bytes():
+            return False
         raise ProjectError(f'{path}: it is no valid XML ({error}). Write it again, or move it elsewhere.') from None
 
 

@@ -1,6 +1,7 @@
 """Make a project: look at the data, check them, write annotation files where needed, and the config."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -183,10 +184,9 @@ def _check(part: Part, found: Inventory, classes: Sequence[str] | None) -> Datas
     faults = [rule for rule in check.findings.faults() if rule != 'no-objects']
     if faults:
         said = '; '.join(f'{check.findings.by_rule[rule].count} {RULES[rule].found}' for rule in faults)
-        raise ProjectError(
-            f'{shown}: {said}. `dino-mm check {part.ann_file} {part.pictures}` names them; with `--fix CLEAN.json` it '
-            'writes a file without them.'
-        )
+        files = shlex.join(map(str, (part.ann_file, part.pictures)))
+        way = f'`dino-mm check {files}` names them; with `--fix CLEAN.json` it writes a file without them.'
+        raise ProjectError(f'{shown}: {said}. {way if shown == part.ann_file else "Correct the labels."}')
     wanted = {row['id'] for row in check.file.categories if classes is None or row['name'] in classes}
     if (wanted or classes is None) and not any(
         a['category_id'] in wanted and not a['iscrowd'] for a in check.file.annotations

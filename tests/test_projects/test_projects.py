@@ -272,6 +272,28 @@ def test_coco_s_own_folder(tmp_path: Path) -> None:
     assert config.test_dataloader.dataset == config.val_dataloader.dataset
 
 
+def test_projects_and_logs_among_the_data_are_left_out(tmp_path: Path) -> None:
+    data = tmp_path / 'data'
+    write_yolo(data, {'train': make_items(5)})
+    make_project(data / 'first', data, R50)
+    (data / 'log.json').write_text('{"loss": 1}\n{"loss": 2}\n')
+    (data / 'page.xml').write_text('<html')
+    make_project(data / 'second', data, R50)
+    texts = [(data / name / 'annotations/train.json').read_text() for name in ('first', 'second')]
+    assert texts[0] == texts[1]
+
+
+def test_a_test_that_nobody_labelled_is_no_test(tmp_path: Path) -> None:
+    for stated in (True, False):
+        data = tmp_path / str(stated)
+        write_yolo(data, {split: make_items(5) for split in ('train', 'val', 'test')})
+        shutil.rmtree(data / 'labels/test')
+        if not stated:
+            (data / 'data.yaml').write_text(f'names: {list(CLASSES)}')
+        config = project(data, data)
+        assert config.test_dataloader.dataset.ann_file == config.val_dataloader.dataset.ann_file
+
+
 def replace(path: Path, old: str, new: str) -> None:
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
