@@ -1,8 +1,8 @@
 """YOLO and Pascal VOC as COCO: ``supervision`` reads the labels, what it gives is written by our own rules.
 
-``supervision`` can write COCO too. That is not used: it writes bare file names, takes an object of several polygons as
-a crowd, on which nothing is trained, and holds a mask of every polygon in memory. It also renumbers the classes of a
-YAML file whose numbers have gaps; those are refused here.
+``supervision`` can write COCO too. That is not used: it writes file names without their folders, an object whose
+polygon has a hole as a crowd, on which nothing is trained, and the area of a mask instead of the box's. It also
+numbers the classes of a YAML file anew where their numbers have gaps; those are refused here.
 """
 
 import os

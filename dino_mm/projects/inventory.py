@@ -51,14 +51,16 @@ class Inventory:
         Raises:
             ProjectError: There are none, or of several formats.
         """
+        if not self.pictures:
+            raise ProjectError(
+                f'{self.folder}: there is no picture below it. Name the folder that holds pictures and annotations.'
+            )
         found = {name: files for name, files in zip(FORMATS, (self.coco, self.yolo, self.voc), strict=True) if files}
         if len(found) > 1:
             named = ' and '.join(f'{name} ({self.short(files[0])})' for name, files in found.items())
             raise ProjectError(f'{self.folder}: it has annotations as {named}. Move those of one format elsewhere.')
         if not found:
             raise ProjectError(f'{self.folder}: {self._why_none()}')
-        if not self.pictures:
-            raise ProjectError(f'{self.folder}: there is no picture below it. Name the folder that holds both.')
         return next(iter(found))
 
     def short(self, path: Path) -> str:

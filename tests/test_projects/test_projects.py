@@ -22,6 +22,8 @@ from dino_mm.projects.errors import ProjectError
 from dino_mm.projects.parts import divide
 from dino_mm.shipped import UnknownConfigError
 
+pytest.importorskip('supervision')  # reads YOLO and Pascal VOC
+
 R50 = 'dino_r50_4scale_12ep'
 BCCD = ROOT.parent / 'shared' / 'data' / 'bccd'
 Objects = dict[str, list[tuple[str, list[float]]]]
@@ -37,7 +39,7 @@ def read(config: Config, split: str) -> Objects:
     settings = dict(config[f'{split}_dataloader'].dataset)
     for key in ('type', 'pipeline', 'filter_cfg'):
         settings.pop(key, None)
-    dataset = CheckedCocoDataset(**settings, pipeline=[])
+    dataset = CheckedCocoDataset(**settings, pipeline=[], serialize_data=False)
     dataset.require_pictures()
     names = dataset.metainfo['classes']
     return {
@@ -158,12 +160,12 @@ def test_converted_annotations_meet_every_rule(tmp_path: Path) -> None:
 
 
 def test_polygons_are_objects_and_never_crowds(tmp_path: Path) -> None:
-    """One that crosses itself has two parts, which supervision would write as a crowd."""
+    """A star that crosses itself has a hole, which supervision would write as a crowd."""
     items = make_items(2)
     write_yolo(tmp_path / 'data', {'train': items, 'val': items})
     picture, label = tmp_path / 'data/images/train/poly.png', tmp_path / 'data/labels/train/poly.txt'
     Image.new('RGB', (100, 200)).save(picture)
-    label.write_text('2 0.1 0.1 0.9 0.9 0.9 0.1 0.1 0.9\n0 0.5 0.5 0.2 0.1\n')
+    label.write_text('2 0.5 0.1 0.7 0.9 0.1 0.4 0.9 0.4 0.3 0.9\n0 0.5 0.5 0.2 0.1\n')
     config = project(tmp_path, tmp_path / 'data')
     assert_same(
         {'x': read(config, 'train')['poly.png']}, {'x': [('crate', [40, 90, 60, 110]), ('person', [10, 20, 90, 180])]}
@@ -246,6 +248,27 @@ def test_every_model_of_the_zoo_makes_a_project(tmp_path: Path) -> None:
         assert config.train_cfg.max_epochs == 100
 
 
+def test_places_of_a_yaml_file(tmp_path: Path) -> None:
+    """Folders, lists of folders, and text files with paths; what none of them names is not used."""
+    splits = {'a': make_items(4), 'b': make_items(4, 10), 'c': make_items(4, 20), 'unused': make_items(4, 30)}
+    write_yolo(tmp_path / 'data', splits)
+    lines = [f'./images/c/{item.name}' for item in splits['c'][:3]]
+    (tmp_path / 'data/val.txt').write_text('\n'.join(lines))
+    (tmp_path / 'data/data.yaml').write_text(f'train: [images/a, images/b]\nval: val.txt\nnames: {list(CLASSES)}\n')
+    config = project(tmp_path, tmp_path / 'data')
+    assert_same(read(config, 'train'), truth(splits['a'] + splits['b']), tolerance=0.01)
+    assert_same(read(config, 'val'), truth(splits['c'][:3]), tolerance=0.01)
+
+
+def test_lists_of_voc(tmp_path: Path) -> None:
+    """VOC2007 without `train.txt` and `val.txt`: `trainval.txt` is divided, what no list names is not used."""
+    splits = {'trainval': make_items(10), 'test': make_items(4, 20), 'aeroplane_train': make_items(4, 40)}
+    write_voc(tmp_path / 'data', splits)
+    config = project(tmp_path, tmp_path / 'data')
+    assert_same(read(config, 'train') | read(config, 'val'), truth(splits['trainval']))
+    assert_same(read(config, 'test'), truth(splits['test']))
+
+
 def test_classes_choose_and_order_the_labels(tmp_path: Path) -> None:
     items = make_items(9)
     write_yolo(tmp_path / 'data', {'train': items, 'val': items})
@@ -326,6 +349,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], dict, str]] = {
         r'COCO \(.*\) and Pascal VOC \(',
     ),
     'no pictures': ('voc', lose_pictures, {}, 'there is no picture below it'),
+    'labels alone': ('yolo', lose_pictures, {}, 'there is no picture below it'),
     'pictures elsewhere': (
         'coco',
         lambda d: [shutil.rmtree(d / 'images'), Image.new('RGB', (9, 9)).save(d / 'other.png')],

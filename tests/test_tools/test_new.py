@@ -79,6 +79,7 @@ def test_new_tells_what_it_found_and_how_to_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_of_the_page_train_and_test(tmp_path: Path) -> None:
+    pytest.importorskip('supervision')
     write_yolo(tmp_path / 'data', {'train': make_items(10), 'val': make_items(4, 20)})
     start = coco_checkpoint(tmp_path / 'coco.pth')
     work_dir, ran = tmp_path / 'my_project' / 'work_dir', []
