@@ -106,8 +106,8 @@ def config_text(
 
     Args:
         recipe: Of the model.
-        parts: Split -> part; 'train' and 'val' at least. Annotation files that are not below ``data_root`` lie in
-            ``annotations/`` beside the config.
+        parts: Split -> part; 'train' and 'val' at least. New annotation files lie in ``annotations/`` beside
+            the config, the others below ``data_root``.
         classes: Names of the labels.
         data_root: Absolute folder of the pictures.
         epochs: Length of the training.
@@ -145,9 +145,9 @@ def config_text(
 
 def _ann_file(part: Part, data_root: Path) -> str:
     """An annotation file as a Python expression."""
-    if part.ann_file.is_relative_to(data_root):
-        return repr(part.ann_file.relative_to(data_root).as_posix())
-    return f"'{{{{ fileDirname }}}}/annotations/{part.ann_file.name}'"
+    if part.is_new:
+        return f"'{{{{ fileDirname }}}}/annotations/{part.ann_file.name}'"
+    return repr(part.ann_file.relative_to(data_root).as_posix())
 
 
 def _whole(ann_file: str) -> str:

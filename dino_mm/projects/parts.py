@@ -25,11 +25,13 @@ class Part:
         split: 'train', 'val', 'test' or :data:`ALL`.
         ann_file: COCO annotation file.
         pictures: Folder that its ``file_name`` is relative to.
+        is_new: Whether the file was written for the project, into its ``annotations/``.
     """
 
     split: str
     ann_file: Path
     pictures: Path
+    is_new: bool = False
 
 
 def divide(

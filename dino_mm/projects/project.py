@@ -160,12 +160,12 @@ def _write(folder: Path, split: str, content: dict[str, Any], pictures: Path) ->
     folder.mkdir(exist_ok=True)
     path = folder / f'{split}.json'
     path.write_text(json.dumps(content), encoding='utf-8')
-    return Part(split, path, pictures)
+    return Part(split, path, pictures, is_new=True)
 
 
 def _shown(part: Part, found: Inventory) -> Path:
     """What errors call a part: its file, or the folder whose labels were converted."""
-    return part.ann_file if part.ann_file.is_relative_to(found.folder) else found.folder
+    return found.folder if part.is_new else part.ann_file
 
 
 def _check(part: Part, found: Inventory, classes: Sequence[str] | None) -> DatasetCheck:
@@ -186,7 +186,7 @@ def _check(part: Part, found: Inventory, classes: Sequence[str] | None) -> Datas
         said = '; '.join(f'{check.findings.by_rule[rule].count} {RULES[rule].found}' for rule in faults)
         files = shlex.join(map(str, (part.ann_file, part.pictures)))
         way = f'`dino-mm check {files}` names them; with `--fix CLEAN.json` it writes a file without them.'
-        raise ProjectError(f'{shown}: {said}. {way if shown == part.ann_file else "Correct the labels."}')
+        raise ProjectError(f'{shown}: {said}. {"Correct the labels." if part.is_new else way}')
     wanted = {row['id'] for row in check.file.categories if classes is None or row['name'] in classes}
     if (wanted or classes is None) and not any(
         a['category_id'] in wanted and not a['iscrowd'] for a in check.file.annotations

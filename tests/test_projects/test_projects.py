@@ -304,6 +304,15 @@ def test_projects_and_logs_among_the_data_are_left_out(tmp_path: Path) -> None:
     make_project(data / 'second', data, R50)
     texts = [(data / name / 'annotations/train.json').read_text() for name in ('first', 'second')]
     assert texts[0] == texts[1]
+    for name in ('first', 'second'):
+        config = Config.fromfile(data / name / 'config.py')
+        assert_same(read(config, 'train') | read(config, 'val'), truth(make_items(5)), tolerance=0.01)
+    damaged = data / 'images/train/photo 0.jpg'
+    damaged.write_text('no')
+    with pytest.raises(ProjectError) as caught:
+        make_project(data / 'third', data, R50)
+    assert str(caught.value).startswith(str(damaged.parent.parent.parent / 'labels/train/photo 0.txt'))
+    assert '.third' not in str(caught.value)
 
 
 def test_a_test_that_nobody_labelled_is_no_test(tmp_path: Path) -> None:
