@@ -4,7 +4,8 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,19 +74,27 @@ def make_project(
         raise ProjectError(f'{stated}: it exists and is not an empty folder. Name another one, or remove it.')
     recipe = _recipe(model, image_size, batch_size)
     found = take_inventory(data.absolute())
-    kind = found.format()
+    found.format()  # before anything is written
+    command = launch_command(str(stated / 'config.py'), gpus)
+    with _written_whole(target) as work:
+        parts, checks = _prepare(found, work / 'annotations', seed, classes)
+        names, sizes = tuple(classes or _names(checks['train'])), {k: len(c.file.images) for k, c in checks.items()}
+        what = f'{found.format()} data of {len(names)} classes: '
+        what += ', '.join(f'{number} images for {split}' for split, number in sizes.items())
+        epochs = epochs or default_epochs(sizes['train'])
+        text = config_text(recipe, parts, names, found.folder, epochs, gpus, what, command)
+        (work / 'config.py').write_text(text, encoding='utf-8')
+    report = '\n'.join(check.report().replace(str(work), str(stated)) for check in checks.values())
+    return Project(stated / 'config.py', command, report)
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target``, missing or empty, at the end of the block; nothing is left after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
     try:
-        parts, checks = _prepare(found, work / 'annotations', seed, classes)
-        names = tuple(classes or _names(checks['train']))
-        command = launch_command(str(stated / 'config.py'), gpus)
-        what = f'{kind} data of {len(names)} classes: ' + ', '.join(
-            f'{len(check.file.images)} images for {split}' for split, check in checks.items()
-        )
-        epochs = epochs or default_epochs(len(checks['train'].file.images))
-        text = config_text(recipe, parts, names, found.folder, epochs, gpus, what, command)
-        (work / 'config.py').write_text(text, encoding='utf-8')
+        yield work
         work.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -93,8 +102,6 @@ def make_project(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    report = '\n'.join(check.report().replace(str(work), str(stated)) for check in checks.values())
-    return Project(stated / 'config.py', command, report)
 
 
 def _recipe(model: str, image_size: int | None, batch_size: int | None) -> Recipe:

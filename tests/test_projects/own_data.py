@@ -3,11 +3,19 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
+import pytest
+from mmengine.config import Config
 from PIL import Image
 
+from dino_mm.datasets import CheckedCocoDataset
+from dino_mm.projects import make_project
+
+R50 = 'dino_r50_4scale_12ep'
+Objects = dict[str, list[tuple[str, list[float]]]]
 CLASSES = ('crate', 'barrel', 'person')
 
 
@@ -157,3 +165,36 @@ LAYOUTS = {
     'voc': write_voc,
     'roboflow voc': write_roboflow_voc,
 }
+
+
+def truth(items: list[Item]) -> Objects:
+    """Picture -> its objects, as class and corners."""
+    return {x.name: sorted((n, [a, b, a + w, b + h]) for n, a, b, w, h in x.objects) for x in items}
+
+
+def read(config: Config, split: str) -> Objects:
+    """What the data set of a project holds; all pictures have to be there."""
+    settings = dict(config[f'{split}_dataloader'].dataset)
+    for key in ('type', 'pipeline', 'filter_cfg'):
+        settings.pop(key, None)
+    dataset = CheckedCocoDataset(**settings, pipeline=[], serialize_data=False)
+    dataset.require_pictures()
+    names = dataset.metainfo['classes']
+    return {
+        Path(info['img_path']).name: sorted((names[i['bbox_label']], i['bbox']) for i in info['instances'])
+        for info in (dataset.get_data_info(index) for index in range(len(dataset)))
+    }
+
+
+def assert_same(found: Objects, expected: Objects, tolerance: float = 0.5) -> None:
+    assert found.keys() == expected.keys()
+    for name, objects in expected.items():
+        assert [label for label, _ in found[name]] == [label for label, _ in objects], name
+        for (_, box), (_, stated) in zip(found[name], objects, strict=True):
+            assert box == pytest.approx(stated, abs=tolerance), name
+
+
+def project(tmp_path: Path, data: Path, **more: Any) -> Config:
+    """A project's config, read by mmengine."""
+    made = make_project(tmp_path / 'project', data, more.pop('model', R50), **more)
+    return Config.fromfile(made.config)
