@@ -36,6 +36,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     'models': Command('list the models of the zoo', "'swin*'"),
+    'new': Command(
+        'make a project that fine-tunes a model on your data',
+        'my_project --model dino_r50_4scale_12ep --data DIR',
+        'new.py',
+    ),
     'train': Command('train a detector', 'dino_r50_4scale_12ep --amp', 'train.py'),
     'test': Command('evaluate a checkpoint', 'dino_r50_4scale_12ep CHECKPOINT', 'test.py'),
     'report': Command(

@@ -4,7 +4,8 @@
 stand-in, ``import mmcv.ops`` and ``import mmdet`` work; an operator complains when it is called. What Python finds by
 itself comes first: compiled operators are never hidden.
 
-mmengine reads ``_base_ = 'mmdet::FOLDER/NAME.py'``, of OpenMMLab's own packages alone. Here it learns ``dino_mm::``.
+mmengine reads ``_base_ = 'mmdet::FOLDER/NAME.py'``, of OpenMMLab's own packages alone. Here it learns ``dino_mm::``,
+and to apply the settings of configs that inherit ours (:mod:`dino_mm.settings`).
 
 This file is also loaded by path as Python starts, so it imports nothing but Python's own.
 """
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MODULE = 'mmcv._ext'
 CONFIGS = 'mmengine.config.config'
 PREFIX = 'dino_mm::'
+#: Of :mod:`dino_mm.settings`.
+SETTINGS = ('image_size', 'batch_size', 'epochs', 'max_iters', 'val_interval')
 WAY_OUT = (
     '`make setup MMCV=build` in a checkout of dino_mm compiles them; elsewhere: '
     '`pip uninstall -y mmcv-lite`, then `pip install --no-build-isolation mmcv==2.1.0` with a C++ compiler.'
@@ -156,6 +159,27 @@ def teach_names(module: types.ModuleType) -> None:
 
     module.Config._get_cfg_path = staticmethod(get_cfg_path)
     utils._get_package_and_cfg_path = get_package_and_cfg_path  # type: ignore[attr-defined]
+    teach_settings(module)
+
+
+def teach_settings(module: types.ModuleType) -> None:
+    """Let ``mmengine.Config.fromfile`` apply the settings of a config that inherits ours; others stay as they are.
+
+    Args:
+        module: ``mmengine.config.config``, imported.
+    """
+    read = module.Config.fromfile
+
+    def fromfile(*args: object, **kwargs: object) -> object:
+        config = read(*args, **kwargs)
+        if all(name in config for name in SETTINGS) and any(config[name] is not None for name in SETTINGS):
+            from dino_mm.settings import apply_settings
+
+            apply_settings(config)
+        return config
+
+    fromfile.__wrapped__, fromfile.__doc__ = read, read.__doc__  # type: ignore[attr-defined]
+    module.Config.fromfile = staticmethod(fromfile)
 
 
 def is_standin(module: types.ModuleType) -> bool:

@@ -43,7 +43,9 @@ def test_overview_names_every_command() -> None:
     assert python('-m', 'dino_mm', '--version').stdout == f'dino-mm {dino_mm.__version__}\n'
 
 
-@pytest.mark.parametrize(('typed', 'meant'), [('trian', 'train'), ('chekc', 'check'), ('xyz', 'are models, train')])
+@pytest.mark.parametrize(
+    ('typed', 'meant'), [('trian', 'train'), ('chekc', 'check'), ('xyz', 'are models, new, train')]
+)
 def test_unknown_command_is_one_line(typed: str, meant: str) -> None:
     done = python('-m', 'dino_mm', typed, status=2)
     assert done.stdout == ''

@@ -120,7 +120,7 @@ def test_metafile_states_detrex_s_figures(entry: Entry) -> None:
     facts = stated['Metadata']
     cfg = load(entry.config)
     assert facts['Denoising Queries'] == cfg.model.denoising.num_dn_queries
-    assert facts['Epochs'] == cfg.max_iters / 7500
+    assert facts['Epochs'] == cfg.train_cfg.max_iters / 7500
     assert entry.name.rpartition('ep')[0].endswith(f'_{facts["Epochs"]}')
     if row is None:
         assert 'Results' not in stated

@@ -3,6 +3,13 @@ default_scope = 'mmdet'
 # before they build a model, for what mmengine cannot open: detectron2's `.pkl`, checkpoints that mmengine itself wrote.
 custom_imports = dict(imports=['dino_mm'], allow_failed_imports=False)
 
+# Settings: each reaches every place that depends on it, see docs/own_data.md. None keeps what the recipe states.
+image_size = None  # shorter edge in pixels; all lengths of the augmentation follow
+batch_size = None  # images of each GPU; the learning rate follows with the number of GPUs
+epochs = None  # or
+max_iters = None
+val_interval = None  # epochs or iterations from one validation to the next; each is followed by a checkpoint
+
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),

@@ -20,11 +20,10 @@ model = dict(
     test_cfg=dict(max_per_img=40),
 )
 
-max_iters = 800
-train_cfg = dict(max_iters=max_iters, val_interval=200)
+train_cfg = dict(max_iters=800, val_interval=200)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='CosineAnnealingLR', T_max=max_iters - 30, by_epoch=False, begin=30, end=max_iters),
+    dict(type='CosineAnnealingLR', T_max=770, by_epoch=False, begin=30, end=800),
 ]
 # Nothing is pretrained, so the backbone learns as fast as the rest.
 optim_wrapper = dict(

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.checkpoints.files import register_safe_loaders
+from dino_mm.settings import SettingError, read_config
 from dino_mm.shipped import cfg as shipped_config
 
 from ..datasets.coco_rules import AnnotationError
@@ -46,10 +47,11 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     register_safe_loaders(args.trust)
     path = args.config if Path(args.config).is_file() else shipped_config(args.config)
-    config = Config.fromfile(path)
+    try:
+        config = read_config(path, args.cfg_options)
+    except SettingError as error:
+        raise SystemExit(f'error: {error}') from None
     config.launcher = args.launcher
-    if args.cfg_options is not None:
-        config.merge_from_dict(args.cfg_options)
     if args.work_dir is not None:
         config.work_dir = args.work_dir
     elif config.get('work_dir') is None:

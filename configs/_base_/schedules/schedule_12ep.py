@@ -1,10 +1,9 @@
 # 90000 iterations of 16 images: 12 epochs of COCO.
-max_iters = 90000
-train_cfg = dict(type='dino_mm.IterBasedTrainLoop', max_iters=max_iters, val_interval=5000)
+train_cfg = dict(type='dino_mm.IterBasedTrainLoop', max_iters=90000, val_interval=5000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
-param_scheduler = [dict(type='MultiStepLR', begin=0, end=max_iters, by_epoch=False, milestones=[82500], gamma=0.1)]
+param_scheduler = [dict(type='MultiStepLR', begin=0, end=90000, by_epoch=False, milestones=[82500], gamma=0.1)]
 
 optim_wrapper = dict(
     type='OptimWrapper',

@@ -1,5 +1,4 @@
 _base_ = 'schedule_12ep.py'
 
-max_iters = 375000
-train_cfg = dict(max_iters=max_iters)
-param_scheduler = [dict(type='MultiStepLR', begin=0, end=max_iters, by_epoch=False, milestones=[300000], gamma=0.1)]
+train_cfg = dict(max_iters=375000)
+param_scheduler = [dict(type='MultiStepLR', begin=0, end=375000, by_epoch=False, milestones=[300000], gamma=0.1)]
