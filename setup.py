@@ -24,6 +24,9 @@ EXTRAS = {
     'gpu': [*MMDETECTION, 'deformops>=3; python_version >= "3.12" and python_version < "3.14"'],
     'demo': ['matplotlib', 'scikit-learn'],
     'fast-eval': ['faster-coco-eval'],
+    'own-data': ['supervision>=0.31'],
+    'tiles': ['sahi>=0.12.8'],
+    'export': ['onnx', 'onnxruntime', 'onnxscript'],
 }
 
 
@@ -84,7 +87,7 @@ setup(
     # Beside a wheel's data lies its `purelib`, which goes into site-packages, where alone Python reads such files.
     data_files=[('../purelib', ['mmdet_dino.pth'])],
     install_requires=['torch>=2.1', 'packaging', 'pycocotools', 'scipy', 'timm>=1.0.16'],
-    extras_require=EXTRAS | {'all': sorted(set(EXTRAS['gpu'] + EXTRAS['demo'] + EXTRAS['fast-eval']))},
+    extras_require=EXTRAS | {'all': sorted({name for names in EXTRAS.values() for name in names})},
     cmdclass={'build_py': BuildWithMim},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -75,7 +75,8 @@ def test_extras_ask_for_one_kind_of_mmdetection(wheel: Path) -> None:
         environment = {'extra': extra, 'python_version': '3.13'}
         return {r.name for r in required if r.marker and r.marker.evaluate(environment)}
 
-    mmdetection, extras = {'mmcv-lite', 'mmdet', 'mmengine'}, ('cpu', 'gpu', 'demo', 'fast-eval', 'all')
+    mmdetection = {'mmcv-lite', 'mmdet', 'mmengine'}
+    extras = ('cpu', 'gpu', 'demo', 'fast-eval', 'own-data', 'tiles', 'export', 'all')
     assert {r.name for r in required if not r.marker} == {'torch', 'packaging', 'pycocotools', 'scipy', 'timm'}
     assert names('cpu') == mmdetection
     assert names('gpu') == mmdetection | {'deformops'}

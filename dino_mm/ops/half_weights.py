@@ -84,12 +84,12 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 def with_its_weights(module: nn.Module) -> Callable[..., Any]:
     """``module`` with the half weights it has now, for code that calls it again when the context has closed."""
-    halves = [
-        _Place(child._parameters, name, weight)
-        for child in module.modules()
-        for name, weight in child._parameters.items()
-        if weight is not None and not isinstance(weight, nn.Parameter)
-    ]
+    halves = []
+    for child in module.modules():
+        parameters: dict[str, Any] = child._parameters
+        for name, weight in parameters.items():
+            if weight is not None and not isinstance(weight, nn.Parameter):
+                halves.append(_Place(parameters, name, weight))
 
     def call(*args: Any) -> Any:
         before = [place.parameters[place.name] for place in halves]
