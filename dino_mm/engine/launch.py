@@ -118,7 +118,8 @@ def _write_safely(config: Config) -> None:
     """Have our hooks write checkpoints and logs, where the config names mmengine's or none."""
     hooks = config.setdefault('default_hooks', ConfigDict())
     for key, name in (('checkpoint', 'CheckpointHook'), ('logger', 'LoggerHook')):
-        own = hooks.setdefault(key, dict(type=name, interval=1 if key == 'checkpoint' else 10))  # mmengine's defaults
+        hooks.setdefault(key, dict(type=name, interval=1 if key == 'checkpoint' else 10))  # mmengine's defaults
+        own = hooks[key]
         if own is not None and own.get('type') in (name, f'mmengine.{name}'):
             own['type'] = f'dino_mm.{name}'
 
