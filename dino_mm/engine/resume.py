@@ -167,4 +167,4 @@ def _progress(path: Path) -> int:
 
 def _one_line(error: Exception, path: Path) -> str:
     text = ' '.join(str(error).split()).removeprefix(f'{path}: ') or type(error).__name__
-    return text.rstrip('.')[:200]
+    return text.partition('; delete ')[0].rstrip('.')[:200]  # what cannot be fetched again is not to be deleted
