@@ -50,11 +50,6 @@ class Tool:
         assert status in (None, self._process.exitcode), f'{self._process.exitcode}\n{self.output()[-5000:]}'
         return self.output()
 
-    def wait_for(self, text: str) -> None:
-        """Until it says ``text``."""
-        until(lambda: text in self.output() or self._process.exitcode is not None)
-        assert text in self.output(), self.output()[-3000:]
-
     def kill(self) -> None:
         """As ``kill -9`` does."""
         os.kill(self.pid, signal.SIGKILL)
