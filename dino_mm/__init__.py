@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .checkpoints.errors import CheckpointError
     from .datasets import CheckedCocoDataset, LoadImageFromFile, ResizeShortestEdge
     from .engine import (
+        CheckpointHook,
         CheckRunHook,
         CompileHook,
         DetVisualizationHook,
         EpochBasedTrainLoop,
         IterBasedTrainLoop,
         LoadCheckpointHook,
+        LoggerHook,
         ParamGroupConstructor,
         ReportHook,
         compile_detector,
@@ -57,6 +59,7 @@ __all__ = [
     'CheckedCocoDataset',
     'CheckedCocoMetric',
     'CheckpointError',
+    'CheckpointHook',
     'CompileHook',
     'DINODecoder',
     'DINOEncoder',
@@ -70,6 +73,7 @@ __all__ = [
     'LearnedQueries',
     'LoadCheckpointHook',
     'LoadImageFromFile',
+    'LoggerHook',
     'MixedQuerySelector',
     'NormalizedGIoULoss',
     'PadToBuckets',

@@ -213,7 +213,7 @@ def last_checkpoint(work_dir: Path) -> Path:
     pointer = work_dir / 'last_checkpoint'
     if not pointer.is_file():
         raise DemoError(f'the training wrote no checkpoint: there is no {shown(pointer)}')
-    return ROOT / pointer.read_text().strip()
+    return work_dir / pointer.read_text().strip()
 
 
 def newest(folder: Path, pattern: str) -> Path:

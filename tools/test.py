@@ -1,8 +1,6 @@
 """Test a detector: ``python tools/test.py CONFIG CHECKPOINT`` evaluates it as the config says, for COCO by AP."""
 
 import argparse
-import tempfile
-from pathlib import Path
 
 import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
@@ -13,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 from dino_mm.engine import ReportHook
 from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
+from dino_mm.engine.safe_files import writable_file, writable_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,19 +38,10 @@ def parse_args() -> argparse.Namespace:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out writes a .pkl file, not {args.out}')
     if args.show_dir is not None:
-        args.show_dir = writable_folder(args.show_dir)
+        args.show_dir = writable_folder(args.show_dir, '--show-dir')
+    if args.out is not None:
+        args.out = writable_file(args.out, '--out')
     return args
-
-
-def writable_folder(path: str) -> str:
-    """Make the folder of ``--show-dir`` and its absolute path; end the program if it can not be written into."""
-    folder = Path(path).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
-    except OSError as error:
-        raise SystemExit(f'--show-dir {path}: it can not be written into ({error}). Name another folder.') from None
 
 
 def enable_tta(config: Config) -> None:
@@ -77,12 +67,12 @@ def main() -> None:
         enable_tta(config)
     if args.compile:
         add_compile_hook(config, cuda_graphs=args.compile == 'cuda-graphs')
-    runner = build_runner(config)
-    if args.out is not None:
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    if args.report is not None:
-        runner.register_hook(ReportHook(args.report))
     with ends_cleanly():
+        runner = build_runner(config)
+        if args.out is not None:
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        if args.report is not None:
+            runner.register_hook(ReportHook(args.report))
         runner.test()
 
 

@@ -6,9 +6,16 @@ import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
-from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
+from dino_mm.engine.launch import (
+    add_common_arguments,
+    add_compile_hook,
+    build_runner,
+    ends_cleanly,
+    load_config,
+    only_run,
+)
+from dino_mm.engine.resume import AUTO
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,13 +26,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--compile', action='store_true', help='compile backbone, encoder and decoder part by part')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
-        '--resume', nargs='?', const='auto', help='resume from a checkpoint, or from the latest in the work directory'
+        '--resume',
+        nargs='?',
+        const=AUTO,
+        help='resume from a checkpoint, or from the newest whole one in the work directory',
     )
+    parser.add_argument('--force', action='store_true', help='train even if another run seems to use the directory')
     return parser.parse_args()
 
 
-def apply_training_arguments(config: Config, args: argparse.Namespace) -> str | None:
-    """Write the arguments of training into the config; what the log should say about ``--resume``."""
+def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
+    """Write the arguments of training into the config."""
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -35,26 +46,19 @@ def apply_training_arguments(config: Config, args: argparse.Namespace) -> str | 
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):
             raise SystemExit(f'--auto-scale-lr: {config.filename} has no `auto_scale_lr.base_batch_size`.')
         config.auto_scale_lr.enable = True
-    if args.resume == 'auto' and find_latest_checkpoint(config.work_dir) is None:
-        start = config.get('load_from')
-        source = f'`load_from`, {start}' if start else 'nothing, as the config has no `load_from`'
-        return f'--resume: there is no checkpoint in {config.work_dir}. Training starts from {source}.'
-    if args.resume is not None:
-        config.resume = True
-        config.load_from = None if args.resume == 'auto' else args.resume
-    return None
+    if args.resume == AUTO:
+        config.resume = AUTO
+    elif args.resume is not None:
+        config.resume, config.load_from = True, args.resume
 
 
 def main() -> None:
     """Train."""
     args = parse_args()
     config = load_config(args)
-    remark = apply_training_arguments(config, args)
-    runner = build_runner(config)
-    if remark is not None:
-        runner.logger.info(remark)
-    with ends_cleanly():
-        runner.train()
+    apply_training_arguments(config, args)
+    with ends_cleanly(), only_run(config, args.force):
+        build_runner(config).train()
 
 
 if __name__ == '__main__':

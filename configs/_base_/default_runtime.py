@@ -12,9 +12,9 @@ val_interval = None  # epochs or iterations from one validation to the next; eac
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
+    logger=dict(type='dino_mm.LoggerHook', interval=20, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=100),
+    checkpoint=dict(type='dino_mm.CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=100),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='dino_mm.DetVisualizationHook'),
     # Before the first iteration: are all pictures there, do epochs end.

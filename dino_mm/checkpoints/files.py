@@ -53,12 +53,13 @@ HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
 CHUNK = 1 << 20
 
 
-def open_checkpoint(location: str, trust: bool = False) -> dict[str, Any]:
+def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
         location: A path, an ``http(s)://`` or a ``detectron2://`` address; ``.pkl`` is detectron2's format of arrays.
         trust: Run the code that the file may contain, as full unpickling does.
+        lazily: Read tensors of torch's format when they are used, and not at all otherwise.
 
     Raises:
         CheckpointError: No such file, no checkpoint, a truncated one, or one that needs ``trust``.
@@ -68,7 +69,7 @@ def open_checkpoint(location: str, trust: bool = False) -> dict[str, Any]:
         raise CheckpointError(f'{location}: there is no such file.')
     broken = f'not a checkpoint, or a truncated one ({path.stat().st_size} bytes); delete {path} and fetch it again.'
     try:
-        content = _read_arrays(path, trust) if path.suffix == '.pkl' else _read_tensors(path, trust)
+        content = _read_arrays(path, trust) if path.suffix == '.pkl' else _read_tensors(path, trust, lazily)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f'{location}: {_why_refused(str(error)) or broken}') from None
     except Exception as error:  # reading arbitrary bytes as a pickle or an archive can end in almost any
@@ -78,18 +79,18 @@ def open_checkpoint(location: str, trust: bool = False) -> dict[str, Any]:
     return dict(content)
 
 
-def _read_tensors(path: Path, trust: bool) -> Any:
+def _read_tensors(path: Path, trust: bool, lazily: bool) -> Any:
     if path.suffix == '.safetensors':
         from safetensors.torch import load_file  # comes with timm
 
         return load_file(path)
     if trust:
-        return torch.load(path, map_location='cpu', weights_only=False)
+        return torch.load(path, map_location='cpu', mmap=lazily, weights_only=False)
     if Version(torch.__version__) < Version('2.6'):
         # `weights_only` cannot be told of further types there; it is the unpickler that must not go beyond them.
-        return torch.load(path, map_location='cpu', pickle_module=RESTRICTED_PICKLE)
+        return torch.load(path, map_location='cpu', mmap=lazily, pickle_module=RESTRICTED_PICKLE)
     with torch.serialization.safe_globals(PLAIN_CLASSES):
-        return torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', mmap=lazily, weights_only=True)
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

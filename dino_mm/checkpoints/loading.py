@@ -21,6 +21,7 @@ from .contents import Contents, take_apart
 from .conversion import Converted, convert_backbone, convert_detector, shorten
 from .detectors import OURS
 from .errors import CheckpointError
+from .finite import require_finite
 
 CLASS_TRANSFER = "default_hooks = dict(loading=dict(type='dino_mm.LoadCheckpointHook', class_transfer=True))"
 
@@ -67,6 +68,7 @@ def _before_detector(
         return  # the state dict of something around the detector, without it
     strict = getattr(module, 'load_strictly', None)
     contents = take_apart(entries, may_be_empty=strict is False)
+    require_finite(contents.tensors)
     if strict is False:
         unexpected += _replace_what_fits(state_dict, contents, module)
         return

@@ -22,6 +22,11 @@ from dino_mm.shipped import cfg as shipped_config
 from ..datasets.coco_rules import AnnotationError
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
+from .run_lock import FolderInUseError, one_run
+from .safe_files import NO_ROOM, writable_file, writable_folder
+
+#: What tells the number of a process, by launcher.
+RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +73,8 @@ def add_compile_hook(config: Config, **options: Any) -> None:
 def build_runner(config: Config) -> Runner:
     """Build the runner of a config, with gloo where there is no GPU, and with the hooks that our tools rely on.
 
+    mmengine's hooks of checkpoints and logs become ours, which take the same arguments.
+
     Without :class:`LoadCheckpointHook`, mmengine runs the config inside a checkpoint. mmengine's own ``compile`` is
     refused: it is for training steps as wholes, whose assignments the host solves.
     """
@@ -76,6 +83,8 @@ def build_runner(config: Config) -> Runner:
             "error: `compile` of the config would compile a training step as one, which DINO's matching breaks into "
             "pieces. Use --compile, or `default_hooks = dict(compile=dict(type='dino_mm.CompileHook'))`."
         )
+    _require_outputs(config)
+    _write_safely(config)
     setup_cache_size_limit_of_dynamo()
     if config.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(config)
@@ -87,16 +96,51 @@ def build_runner(config: Config) -> Runner:
 
 
 @contextmanager
+def only_run(config: Config, force: bool) -> Iterator[None]:
+    """Keep other runs out of the work directory meanwhile, see :func:`.run_lock.one_run`; the first process does."""
+    writable_folder(config.work_dir, '--work-dir')
+    if int(os.environ.get(RANKS.get(config.launcher, ''), 0)):
+        yield
+        return
+    with one_run(config.work_dir, force):
+        yield
+
+
+def _require_outputs(config: Config) -> None:
+    """See before any work that what the config writes can be written."""
+    writable_folder(config.work_dir, '--work-dir')
+    for key in ('val_evaluator', 'test_evaluator'):
+        metrics = config.get(key) or []
+        for metric in [metrics] if isinstance(metrics, dict) else metrics:
+            if metric.get('outfile_prefix') is not None:
+                writable_file(f'{metric["outfile_prefix"]}.bbox.json', f'{key}.outfile_prefix')
+
+
+def _write_safely(config: Config) -> None:
+    """Have our hooks write checkpoints and logs, where the config names mmengine's or none."""
+    hooks = config.setdefault('default_hooks', ConfigDict())
+    for key, name in (('checkpoint', 'CheckpointHook'), ('logger', 'LoggerHook')):
+        hooks.setdefault(key, dict(type=name, interval=1 if key == 'checkpoint' else 10))  # mmengine's defaults
+        own = hooks[key]
+        if own is not None and own.get('type') in (name, f'mmengine.{name}'):
+            own['type'] = f'dino_mm.{name}'
+
+
+@contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """End the program with the message alone where checkpoint or data do not fit; processes leave together otherwise.
+    """End the program with one line where checkpoint, data or disk do not fit; processes leave together otherwise.
 
     A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
     the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
         yield
-    except (AnnotationError, CheckpointError) as error:
+    except (AnnotationError, CheckpointError, FolderInUseError) as error:
         raise SystemExit(f'error: {error}') from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise SystemExit(f'error: {error}. Free some space, then run again.') from None
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

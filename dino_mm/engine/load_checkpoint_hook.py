@@ -1,5 +1,6 @@
 """Checkpoints through mmengine's runner: other classes, averaged weights, parts of models, resuming."""
 
+import difflib
 import logging
 import re
 from typing import Any
@@ -19,9 +20,12 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.loading import check_detector, report
 from ..models.detectors.dino import DINO
 from .plain_checkpoints import PlainCheckpointHook, from_plain, restore_dataset_meta
+from .resume import choose_checkpoint
 
 #: Lines of a config that say where a run starts and what it writes to, not what it does.
 PLACES = re.compile(r'^(load_from|resume|work_dir|launcher) = .*\n', re.MULTILINE)
+#: How many differences of two configs are logged, and how many characters of each.
+SHOWN, WIDTH = 6, 120
 
 
 @HOOKS.register_module()
@@ -51,9 +55,11 @@ class LoadCheckpointHook(Hook):
         self.ema = ema
 
     def before_run(self, runner: Runner) -> None:
-        """Let checkpoints be written as plain data; a hook of its own comes after all that add to them."""
+        """Let checkpoints be written as plain data, by a hook after all that add to them; find the one to resume."""
         if not any(isinstance(hook, PlainCheckpointHook) for hook in runner.hooks):
             runner.register_hook(PlainCheckpointHook())
+        if not _is_testing(runner):
+            choose_checkpoint(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Rewrite ``checkpoint`` in place before the model loads it."""
@@ -140,13 +146,22 @@ def _take_out_config(runner: Runner, checkpoint: dict[str, Any], resuming: bool)
     own = runner.cfg.pretty_text
     if text is not None and PLACES.sub('', str(text)) != PLACES.sub('', own):
         print_log(
-            "The config that lies in the checkpoint differs from this run's. It is not read: this run's config counts.",
+            "The config that lies in the checkpoint differs from this run's. It is not read: this run's config counts. "
+            f'Lines of the checkpoint (-) and of this run (+):\n{_differences(str(text), own)}',
             logger='current',
         )
     hub = checkpoint.get('message_hub')
     run_info = hub.get('runtime_info') if isinstance(hub, dict) else None
     if isinstance(run_info, dict) and 'cfg' in run_info:
         run_info['cfg'] = own  # mmengine would write the other into the next checkpoints
+
+
+def _differences(theirs: str, own: str) -> str:
+    """The first lines that differ; the text is a stranger's, so what could steer a terminal is written out."""
+    old, new = (PLACES.sub('', text).splitlines() for text in (theirs, own))
+    changed = [line for line in [*difflib.unified_diff(old, new, n=0)][2:] if not line.startswith('@@')]
+    shown = [ascii(line[:WIDTH])[1:-1] for line in changed[:SHOWN]]
+    return '\n'.join([*shown, f'and {len(changed) - SHOWN} more'] if len(changed) > SHOWN else shown)
 
 
 def _is_testing(runner: Runner) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmdet.apis import init_detector
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModule
 from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 from parity import golden
 from torch import Tensor, nn
 
@@ -334,3 +336,21 @@ def test_classes() -> None:
     # From instances_val2017.json.
     assert {by_id[i] for i in (1, 13, 90)} == {'person', 'stop sign', 'toothbrush'}
     assert (by_id[44], by_id[46], by_id[67], by_id[70]) == ('bottle', 'wine glass', 'dining table', 'toilet')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('source', ['ours', 'detrex'])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tiny_cfg: ConfigDict, state: dict, value: float, source: str
+) -> None:
+    """Whoever loads them: torch, mmengine."""
+    model = build(tiny_cfg)
+    name = 'bbox_head.reg_branches.1.4.weight'
+    state[name].view(-1)[3] = value
+    given = as_detrex(state) if source == 'detrex' else state
+    bad = next(key for key, tensor in given.items() if not tensor.isfinite().all())
+    before = copy.deepcopy(model.state_dict())
+    for load in (model.load_state_dict, partial(mmengine_load_state_dict, model)):
+        with pytest.raises(CheckpointError, match=rf"its tensor '{re.escape(bad)}' holds NaN or infinity"):
+            load(dict(given))
+        assert_loaded(model, before)

@@ -1,13 +1,15 @@
 """How the command-line tools end."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from mmengine.config import Config
 
 from dino_mm.checkpoints.errors import CheckpointError
-from dino_mm.engine.launch import ends_cleanly
+from dino_mm.engine.launch import _write_safely, ends_cleanly
 
 
 @pytest.fixture
@@ -31,3 +33,29 @@ def test_a_checkpoint_s_error_does_not_wait_for_other_processes(monkeypatch: pyt
     monkeypatch.setattr(torch.distributed, 'barrier', lambda: pytest.fail('waits'))
     with pytest.raises(SystemExit, match=r'^error: no such file$'), ends_cleanly():
         raise CheckpointError('no such file')
+
+
+def test_a_full_disk_ends_the_program_with_one_line() -> None:
+    """Other errors of files keep their traceback."""
+    with pytest.raises(SystemExit, match=r'^error: .*No space left on device.* Free some space'), ends_cleanly():
+        Path('/dev/full').write_text('a')
+    with pytest.raises(FileNotFoundError), ends_cleanly():
+        Path('/nowhere').read_text()
+
+
+@pytest.mark.parametrize(
+    ('hooks', 'checkpoint'),
+    [
+        (None, dict(type='dino_mm.CheckpointHook', interval=1)),
+        (dict(checkpoint=dict(type='CheckpointHook', interval=7)), dict(type='dino_mm.CheckpointHook', interval=7)),
+        (dict(checkpoint=dict(type='mmengine.CheckpointHook')), dict(type='dino_mm.CheckpointHook')),
+        (dict(checkpoint=dict(type='mine.Hook')), dict(type='mine.Hook')),
+        (dict(checkpoint=None), None),
+    ],
+)
+def test_any_config_s_checkpoints_are_written_by_our_hook(hooks: dict | None, checkpoint: dict | None) -> None:
+    """Unless it has one of its own, or none."""
+    config = Config(dict() if hooks is None else dict(default_hooks=hooks))
+    _write_safely(config)
+    assert config.default_hooks.checkpoint == checkpoint
+    assert config.default_hooks.logger.type == 'dino_mm.LoggerHook'

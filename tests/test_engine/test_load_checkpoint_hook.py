@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -250,7 +251,23 @@ def test_the_config_in_a_checkpoint_is_compared_and_taken_out(cfg: Config, tmp_p
     hook.after_load_checkpoint(runner, checkpoint)
     assert checkpoint['meta'] == dict(iter=1)
     assert ('differs from this run' in log_of(cfg)) == other
+    for iterations in (cfg.train_cfg.max_iters, cfg.train_cfg.max_iters + 1):
+        assert (re.search(rf'^[-+].*max_iters={iterations}\b', log_of(cfg), re.MULTILINE) is not None) == other
     runner._resume = False
     checkpoint['meta']['config'] = text
     hook.after_load_checkpoint(runner, checkpoint)
     assert 'config' not in checkpoint['meta']
+
+
+def test_a_strangers_config_fills_no_log_and_steers_no_terminal(cfg: Config) -> None:
+    hook, runner = LoadCheckpointHook(), Runner.from_cfg(cfg)
+    runner._resume = True
+    text = '\x1b[2J' + '\n'.join(f'line_{i} = {"x" * 10_000}' for i in range(1000))
+    checkpoint = dict(state_dict=runner.model.state_dict(), meta=dict(config=text, iter=1))
+    before = len(log_of(cfg))
+    hook.after_load_checkpoint(runner, checkpoint)
+    said = log_of(cfg)[before:]
+    assert r'-\x1b[2J' in said
+    assert '\x1b' not in said
+    assert len(said) < 1500
+    assert re.search(r'^and \d{4} more$', said, re.MULTILINE)

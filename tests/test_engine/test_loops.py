@@ -363,7 +363,7 @@ def kill_after(checkpoint: Path, *command: str | Path) -> None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert note.read_text() == str(checkpoint)
+    assert note.parent / note.read_text() == checkpoint
 
 
 @pytest.mark.slow

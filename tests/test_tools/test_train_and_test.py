@@ -78,33 +78,6 @@ def test_resume_without_a_checkpoint_starts_from_load_from(
     assert (said in done.stdout + done.stderr) == resume
 
 
-def resume_arguments(work_dir: Path, **config: object) -> list[str]:
-    """What ``--resume`` alone makes of the config, and what it says."""
-    code = """
-import sys
-sys.path.insert(0, 'tools')
-import train
-from dino_mm.engine.launch import load_config
-args = train.parse_args()
-config = load_config(args)
-said = train.apply_training_arguments(config, args)
-print('result', config.resume, config.load_from, said, sep='|')
-"""
-    settings = options(config) if config else []
-    done = python('-c', code, CONFIG, '--work-dir', work_dir, '--resume', *settings)
-    return done.stdout.split('result|')[1].strip().split('|')
-
-
-def test_resume_takes_the_latest_or_says_what_it_starts_from(tmp_path: Path) -> None:
-    (tmp_path / 'used').mkdir()
-    (tmp_path / 'used' / 'last_checkpoint').write_text(str(tmp_path / 'used' / 'iter_2.pth'))
-    assert resume_arguments(tmp_path / 'used', load_from='x.pth') == ['True', 'None', 'None']
-    assert resume_arguments(tmp_path / 'new', load_from='x.pth')[:2] == ['False', 'x.pth']
-    resume, load_from, said = resume_arguments(tmp_path / 'new')
-    assert (resume, load_from) == ('False', 'None')
-    assert said.endswith('Training starts from nothing, as the config has no `load_from`.')
-
-
 @pytest.fixture(scope='module', params=['with the hook', 'without it'])
 def config_file(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny config in a file, with and without ``LoadCheckpointHook``."""
