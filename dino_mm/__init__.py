@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         IterBasedTrainLoop,
         LoadCheckpointHook,
         ParamGroupConstructor,
+        PreemptionHook,
+        SkipNotFiniteHook,
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
@@ -72,10 +74,12 @@ __all__ = [
     'NormalizedGIoULoss',
     'PadToBuckets',
     'ParamGroupConstructor',
+    'PreemptionHook',
     'PureQuerySelector',
     'ResizeShortestEdge',
     'SetCriterion',
     'SimpleFeaturePyramid',
+    'SkipNotFiniteHook',
     'SwinTransformer',
     'TIMMBackbone',
     'UnknownConfigError',

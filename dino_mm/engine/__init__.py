@@ -5,6 +5,8 @@ from .compilation import CompileHook, compile_detector
 from .load_checkpoint_hook import LoadCheckpointHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
+from .preemption_hook import PreemptionHook
+from .skip_not_finite_hook import SkipNotFiniteHook
 from .visualization_hook import DetVisualizationHook
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     'IterBasedTrainLoop',
     'LoadCheckpointHook',
     'ParamGroupConstructor',
+    'PreemptionHook',
+    'SkipNotFiniteHook',
     'compile_detector',
 ]

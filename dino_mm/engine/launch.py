@@ -21,6 +21,7 @@ from dino_mm.shipped import cfg as shipped_config
 from ..datasets.coco_rules import AnnotationError
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
+from .preemption_hook import Stopped
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,16 +87,25 @@ def build_runner(config: Config) -> Runner:
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """End the program with the message alone where checkpoint or data do not fit; processes leave together otherwise.
+    """End the program with the message alone where it can not go on; processes leave together otherwise.
+
+    It can not where checkpoint or data do not fit, or where numbers are not finite.
 
     A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
     the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
         yield
-    except (AnnotationError, CheckpointError) as error:
+    except (AnnotationError, CheckpointError, FloatingPointError) as error:
         raise SystemExit(f'error: {error}') from None
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+    except Stopped:
+        _leave_together()
+        raise
+    _leave_together()
+
+
+def _leave_together() -> None:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
