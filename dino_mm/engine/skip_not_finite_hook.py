@@ -65,7 +65,7 @@ class SkipNotFiniteHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             raise TypeError(
                 f'dino_mm.SkipNotFiniteHook watches one optimizer, and `optim_wrapper` is a '
-                f'{type(runner.optim_wrapper).__name__}. Take the hook out: `default_hooks.numbers=None`.'
+                f'{type(runner.optim_wrapper).__name__}. Take the hook out of `default_hooks`.'
             )
         self._wrapper = runner.optim_wrapper
         self._criteria = [module for module in runner.model.modules() if isinstance(module, SetCriterion)]
