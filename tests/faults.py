@@ -106,6 +106,9 @@ def tiny(config: Path, work_dir: Path, settings: dict) -> Config:
     from commands import TINY
 
     cfg = Config.fromfile(config)
-    cfg.merge_from_dict(TINY | SMALLER | {'model.neck.in_channels': [8, 16, 32]} | settings)
+    changes = TINY | SMALLER | {'model.neck.in_channels': [8, 16, 32]}
+    if 'train_cfg.max_epochs' in settings:
+        del changes['train_cfg.max_iters']
+    cfg.merge_from_dict(changes | settings)
     cfg.work_dir, cfg.experiment_name, cfg.launcher = str(work_dir), str(work_dir), 'none'
     return cfg

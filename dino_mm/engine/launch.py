@@ -19,6 +19,7 @@ from dino_mm.checkpoints.files import register_safe_loaders
 from dino_mm.shipped import cfg as shipped_config
 
 from ..datasets.coco_rules import AnnotationError
+from ..datasets.skipped import TooManyUnreadableError
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
 from .preemption_hook import Stopped
@@ -98,6 +99,9 @@ def ends_cleanly() -> Iterator[None]:
         yield
     except (AnnotationError, CheckpointError, FloatingPointError) as error:
         raise SystemExit(f'error: {error}') from None
+    except TooManyUnreadableError as error:
+        # A worker's words come with its traceback before them.
+        raise SystemExit(f'error: {str(error).rpartition(f"{type(error).__name__}: ")[2].strip()}') from None
     except Stopped:
         _leave_together()
         raise

@@ -45,12 +45,14 @@ def _as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train(data: Path, folder: Path, hooks: list[dict], base: str = 'dino-demo/dino_digits.py', **settings) -> Runner:
+def train(data: Path, folder: Path, hooks: list[dict], by_epoch: bool = False, **settings) -> Runner:
     """Train in this process."""
     config = write_config(folder.with_suffix('.py'), data, hooks)
-    if base != 'dino-demo/dino_digits.py':
-        lines = [line for line in Path(dino_mm.cfg(base)).read_text().splitlines() if not line.startswith('_base_')]
-        config.write_text('\n'.join([config.read_text(), *lines]))
+    if by_epoch:
+        lines = Path(dino_mm.cfg('dino-resnet/by_epoch/dino_r50_4scale_12ep_by_epoch.py')).read_text().splitlines()
+        own = [f'_base_ = {str(config)!r}', *(line for line in lines if not line.startswith('_base_'))]
+        config = folder.with_suffix('.epochs.py')
+        config.write_text('\n'.join(own))
     runner = build_runner(tiny(config, folder, settings))
     runner.train()
     return runner
@@ -162,17 +164,17 @@ def test_a_validation_is_left_with_the_weights_of_the_training(data: Path, tmp_p
     assert left['meta']['iter'] == 2
 
 
+@pytest.mark.slow
 def test_within_an_epoch(data: Path, tmp_path: Path) -> None:
     """The hook that writes checkpoints by epochs writes one by iterations; the rest of the epoch is trained."""
-    base = 'dino-resnet/by_epoch/dino_r50_4scale_12ep_by_epoch.py'
     settings = {'train_cfg.max_epochs': 2, 'param_scheduler.0.milestones': [1], 'default_hooks.checkpoint.interval': 1}
     settings |= {'train_cfg.val_interval': 100}
     folder = tmp_path / 'run'
     with pytest.raises(Stopped):
-        train(data, folder, [told('SIGTERM', 7)], base, **settings)
+        train(data, folder, [told('SIGTERM', 7)], by_epoch=True, **settings)
     assert (folder / 'last_checkpoint').read_text().endswith('iter_7.pth')
-    train(data, folder, [], base, resume=True, **settings)
-    train(data, tmp_path / 'straight', [], base, **settings)
+    train(data, folder, [], by_epoch=True, resume=True, **settings)
+    train(data, tmp_path / 'straight', [], by_epoch=True, **settings)
     assert_same_weights(folder / 'epoch_2.pth', tmp_path / 'straight' / 'epoch_2.pth')
 
 
