@@ -2,6 +2,7 @@
 
 from .check_hook import CheckRunHook
 from .compilation import CompileHook, compile_detector
+from .heartbeat_hook import HeartbeatHook
 from .load_checkpoint_hook import LoadCheckpointHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
@@ -14,6 +15,7 @@ __all__ = [
     'CompileHook',
     'DetVisualizationHook',
     'EpochBasedTrainLoop',
+    'HeartbeatHook',
     'IterBasedTrainLoop',
     'LoadCheckpointHook',
     'ParamGroupConstructor',
