@@ -150,14 +150,15 @@ def read_file(path: str, backend_args: dict | None = None) -> bytes:
     Raises:
         UnreadableImageError: The file is missing, or the storage fails for good.
     """
-    for wait in (*WAITS, None):
+    waits = iter(WAITS)
+    while True:
         try:
             return fileio.get(path, backend_args=backend_args)
         except Exception as error:  # each file backend has its own
-            if wait is None or not _is_transient(error):
+            wait = next(waits, None) if _is_transient(error) else None
+            if wait is None:
                 raise _unreadable(path, error) from error
         time.sleep(wait)
-    raise AssertionError('The last try has ended the loop.')
 
 
 def _is_transient(error: Exception) -> bool:
