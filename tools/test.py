@@ -8,6 +8,7 @@ import dino_mm  # noqa: F401  (first, for it says what does not fit)
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 
 from dino_mm.engine import ReportHook
 from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
@@ -56,6 +57,17 @@ def enable_tta(config: Config) -> None:
     dataset.pipeline = config.tta_pipeline
 
 
+def require_results(runner: Runner, results: dict) -> None:
+    """End the program with status 1 if a test that should give figures has given none."""
+    metrics = [metric for metric in runner.test_evaluator.metrics if not isinstance(metric, DumpDetResults)]
+    if results or all(getattr(metric, 'format_only', False) for metric in metrics):
+        return
+    raise SystemExit(
+        f'error: {runner.cfg.load_from}: the test has no result, for there is no detection in any image. A model whose '
+        'weights are NaN finds nothing: test another checkpoint of the run.'
+    )
+
+
 def main() -> None:
     """Test."""
     args = parse_args()
@@ -73,7 +85,8 @@ def main() -> None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
         if args.report is not None:
             runner.register_hook(ReportHook(args.report))
-        runner.test()
+        results = runner.test()
+    require_results(runner, results)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import argparse
 import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from dino_mm.engine.launch import (
     add_common_arguments,
@@ -32,7 +32,13 @@ def parse_args() -> argparse.Namespace:
         help='resume from a checkpoint, or from the newest whole one in the work directory',
     )
     parser.add_argument('--force', action='store_true', help='train even if another run seems to use the directory')
-    return parser.parse_args()
+    parser.add_argument(
+        '--max-hours', type=float, help='save a checkpoint and end with status 75 after so many hours; see --resume'
+    )
+    args = parser.parse_args()
+    if args.max_hours is not None and not args.max_hours > 0:
+        parser.error(f'--max-hours {args.max_hours:g}: it must be above 0')
+    return args
 
 
 def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
@@ -42,6 +48,9 @@ def apply_training_arguments(config: Config, args: argparse.Namespace) -> None:
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.compile:
         add_compile_hook(config)
+    if args.max_hours is not None:
+        hooks = config.setdefault('default_hooks', ConfigDict())
+        hooks.preemption = dict(type='dino_mm.PreemptionHook', max_hours=args.max_hours)
     if args.auto_scale_lr:
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):
             raise SystemExit(f'--auto-scale-lr: {config.filename} has no `auto_scale_lr.base_batch_size`.')

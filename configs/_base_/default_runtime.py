@@ -21,6 +21,12 @@ default_hooks = dict(
     checks=dict(type='dino_mm.CheckRunHook'),
     # Checkpoints of other libraries: to other classes (`class_transfer=True`), averaged weights, resuming.
     loading=dict(type='dino_mm.LoadCheckpointHook'),
+    # Steps with NaN or infinite numbers are skipped, counted and logged; ten in a row end the run.
+    numbers=dict(type='dino_mm.SkipNotFiniteHook'),
+    # `heartbeat.json` in the work directory; a log of bounded length.
+    heartbeat=dict(type='dino_mm.HeartbeatHook'),
+    # SIGTERM, SIGUSR1, SIGINT and `--max-hours` save a checkpoint and end the program with status 75.
+    preemption=dict(type='dino_mm.PreemptionHook'),
 )
 custom_hooks = [dict(type='NumClassCheckHook')]
 

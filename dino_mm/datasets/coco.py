@@ -14,7 +14,8 @@ from dino_mm.registry import DATASETS
 from .coco_file import CocoFile, log_findings, read_coco_file
 from .coco_pictures import is_local, missing_pictures, read_sizes
 from .coco_rules import AnnotationError, Findings, Id, has_area_inside, passes_size
-from .loading import UnsupportedImageError
+from .loading import UnreadableImageError, UnsupportedImageError
+from .skipped import SkippedPictures
 
 
 @DATASETS.register_module()
@@ -28,11 +29,31 @@ class CheckedCocoDataset(CocoDataset):
     Args:
         *args, **kwargs: Of mmdet's ``CocoDataset``.
         on_fault: 'error' refuses a file with faults, naming them all; 'drop' leaves faulty entries out, with a count.
+        on_unreadable: 'error' ends a training at a picture that cannot be read; 'skip' takes another one at random,
+            names the picture once, and ends the training when that happens to more than 1 % of the pictures read.
+
+    Raises:
+        ValueError: ``on_unreadable`` is something else, or 'skip' in a test, whose figures would be of other pictures.
     """
 
-    def __init__(self, *args: Any, on_fault: str = 'error', **kwargs: Any) -> None:
+    def __init__(self, *args: Any, on_fault: str = 'error', on_unreadable: str = 'error', **kwargs: Any) -> None:
         self.on_fault = on_fault
+        self.skipped: SkippedPictures | None = None
+        self.on_unreadable = on_unreadable
+        if on_unreadable != 'error' and (on_unreadable != 'skip' or kwargs.get('test_mode', False)):
+            raise ValueError(
+                f"`on_unreadable` of a data set is 'error' or, in training, 'skip', not {on_unreadable!r}"
+                f'{" in a test" if on_unreadable == "skip" else ""}.'
+            )
         super().__init__(*args, **kwargs)
+
+    def full_init(self) -> None:
+        """Read the file, unless that is done."""
+        if self._fully_initialized:
+            return
+        super().full_init()
+        if self.on_unreadable == 'skip':
+            self.skipped = SkippedPictures(len(self))
 
     def load_data_list(self) -> list[dict]:
         """Read and verify the annotations, and look which pictures there are."""
@@ -95,11 +116,20 @@ class CheckedCocoDataset(CocoDataset):
         self.findings.raise_faults(self.on_fault)
 
     def prepare_data(self, idx: int) -> Any:
-        """Run the pipeline on one image; an error in it names the image and the transform."""
+        """Run the pipeline on one image; an error in it names the image and the transform.
+
+        None stands for a picture that is skipped: the data set goes on with another one.
+        """
         try:
-            return super().prepare_data(idx)
+            sample = super().prepare_data(idx)
+            if self.skipped is not None:
+                self.skipped.count_read()
+            return sample
         except Exception as error:
             info = self.get_data_info(idx)
+            if self.skipped is not None and isinstance(error, UnreadableImageError):
+                self.skipped.skip(idx, info['img_id'], error)
+                return None
             raise RuntimeError(
                 f'Cannot prepare image id {info["img_id"]} ({info["img_path"]}): '
                 + describe_failure(error, self.pipeline.transforms, self.ann_file)

@@ -1,6 +1,8 @@
 """Reading pictures: one rule for every kind of pixel that a file can have, the same with both decoders."""
 
+import errno
 import io
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +56,19 @@ STRETCH = (
 )
 
 
+#: What storage says that is there, and does not answer just now; network file systems do.
+TRANSIENT = {
+    getattr(errno, name)
+    for name in (
+        *('EIO', 'ESTALE', 'EAGAIN', 'EBUSY', 'EREMOTEIO', 'ETIMEDOUT', 'ECONNRESET', 'ECONNABORTED', 'ECONNREFUSED'),
+        *('ENETDOWN', 'ENETUNREACH', 'ENETRESET', 'EHOSTDOWN', 'EHOSTUNREACH', 'ENOTCONN', 'ESHUTDOWN'),
+    )
+    if hasattr(errno, name)
+}
+#: Seconds to wait before each new try to read a file.
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
 class UnreadableImageError(OSError):
     """The file of a picture is missing, damaged, or of a format that Pillow does not know."""
 
@@ -72,6 +87,7 @@ class LoadImageFromFile(MMCVLoadImageFromFile):
     - Alpha is dropped. Of several frames, the first is taken.
     - 32-bit integers and floating-point numbers are refused, and so is a picture whose high bytes are all equal
       although its pixels are not.
+    - A file on storage that does not answer is asked for again, five times in 15.5 s.
 
     ``color_type`` other than 'color', and decoders other than 'pillow' and 'cv2', are mmcv's affair, as before.
 
@@ -79,7 +95,8 @@ class LoadImageFromFile(MMCVLoadImageFromFile):
         to_float32: Whether the result is float32.
         color_type: Flag of ``mmcv.imfrombytes``.
         imdecode_backend: Decoder, 'pillow' or 'cv2'; the latter is faster.
-        ignore_empty: Whether the result of a missing or damaged file is None instead of an error.
+        ignore_empty: Whether the result of a missing or damaged file is None instead of an error. For training,
+            ``on_unreadable`` of the data set is the better choice: it names, counts and stops.
         backend_args: File backend of ``mmengine.fileio``.
 
     Raises:
@@ -117,13 +134,38 @@ class LoadImageFromFile(MMCVLoadImageFromFile):
         return results
 
     def _read(self, path: str) -> NDArray:
-        try:
-            content = fileio.get(path, backend_args=self.backend_args)
-        except Exception as error:  # each file backend has its own
-            raise _unreadable(path, error) from error
+        content = read_file(path, self.backend_args)
         if self.color_type == 'color' and self.imdecode_backend in ('pillow', 'cv2'):
             return decode(content, self.imdecode_backend, path)
         return _decode_by_mmcv(content, self.color_type, self.imdecode_backend, path)
+
+
+def read_file(path: str, backend_args: dict | None = None) -> bytes:
+    """The content of a file; storage that does not answer is asked again, see ``WAITS``.
+
+    Args:
+        path: Path or address.
+        backend_args: File backend of ``mmengine.fileio``.
+
+    Raises:
+        UnreadableImageError: The file is missing, or the storage fails for good.
+    """
+    waits = iter(WAITS)
+    while True:
+        try:
+            return fileio.get(path, backend_args=backend_args)
+        except Exception as error:  # each file backend has its own
+            wait = next(waits, None) if _is_transient(error) else None
+            if wait is None:
+                raise _unreadable(path, error) from error
+        time.sleep(wait)
+
+
+def _is_transient(error: Exception) -> bool:
+    reason = getattr(error, 'reason', error)  # urllib wraps what the socket says
+    return isinstance(reason, TimeoutError | ConnectionError) or (
+        isinstance(reason, OSError) and reason.errno in TRANSIENT
+    )
 
 
 def decode(content: bytes, backend: str, name: str) -> NDArray[np.uint8]:

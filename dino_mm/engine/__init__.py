@@ -3,11 +3,14 @@
 from .check_hook import CheckRunHook
 from .checkpoint_hook import CheckpointHook
 from .compilation import CompileHook, compile_detector
+from .heartbeat_hook import HeartbeatHook
 from .load_checkpoint_hook import LoadCheckpointHook
 from .logger_hook import LoggerHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
+from .preemption_hook import PreemptionHook
 from .report_hook import ReportHook
+from .skip_not_finite_hook import SkipNotFiniteHook
 from .visualization_hook import DetVisualizationHook
 
 __all__ = [
@@ -16,10 +19,13 @@ __all__ = [
     'CompileHook',
     'DetVisualizationHook',
     'EpochBasedTrainLoop',
+    'HeartbeatHook',
     'IterBasedTrainLoop',
     'LoadCheckpointHook',
     'LoggerHook',
     'ParamGroupConstructor',
+    'PreemptionHook',
     'ReportHook',
+    'SkipNotFiniteHook',
     'compile_detector',
 ]

@@ -20,8 +20,10 @@ from dino_mm.settings import SettingError, read_config
 from dino_mm.shipped import cfg as shipped_config
 
 from ..datasets.coco_rules import AnnotationError
+from ..datasets.skipped import TooManyUnreadableError
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
+from .preemption_hook import Stopped
 from .run_lock import FolderInUseError, one_run
 from .safe_files import NO_ROOM, writable_file, writable_folder
 
@@ -128,20 +130,32 @@ def _write_safely(config: Config) -> None:
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """End the program with one line where checkpoint, data or disk do not fit; processes leave together otherwise.
+    """End the program with one line where it can not go on; processes leave together otherwise.
+
+    It can not where checkpoint, data or disk do not fit, or where numbers are not finite.
 
     A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
     the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
         yield
-    except (AnnotationError, CheckpointError, FolderInUseError) as error:
+    except (AnnotationError, CheckpointError, FolderInUseError, FloatingPointError) as error:
         raise SystemExit(f'error: {error}') from None
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise SystemExit(f'error: {error}. Free some space, then run again.') from None
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+    except TooManyUnreadableError as error:
+        # A worker's words come with its traceback before them.
+        raise SystemExit(f'error: {str(error).rpartition(f"{type(error).__name__}: ")[2].strip()}') from None
+    except Stopped:
+        _leave_together()
+        raise
+    _leave_together()
+
+
+def _leave_together() -> None:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

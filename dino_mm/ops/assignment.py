@@ -36,9 +36,9 @@ def assign(costs: NDArray, counts: Sequence[int]) -> NDArray[np.int64]:
     """
     columns = np.full(costs.shape[:3], costs.shape[3])
     for layer, image in np.ndindex(*costs.shape[:2]):
-        try:
-            rows, chosen = linear_sum_assignment(costs[layer, image, : counts[image]])
-        except ValueError:
-            raise NotFiniteError(layer, image) from None
+        matrix = costs[layer, image, : counts[image]]
+        if not np.isfinite(matrix).all():  # SciPy takes a positive infinity
+            raise NotFiniteError(layer, image)
+        rows, chosen = linear_sum_assignment(matrix)
         columns[layer, image, rows] = chosen
     return columns

@@ -195,11 +195,41 @@ def test_unusable_ground_truth_names_image_and_box(box, label, fault):
     assert str(error.value).count('ground truth 0') == 1
 
 
-def test_predictions_that_are_not_finite_are_named():
+@pytest.mark.parametrize('wrong', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('where', ['boxes', 'scores'])
+def test_predictions_that_are_not_finite_are_named(wrong, where):
+    """One number is enough; a class that no object has, too."""
     samples, scores, boxes = make_batch([2, 1], 5)
-    boxes[1, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match='layer 1 for image 0'):
+    samples[1].set_metainfo(dict(img_id=8, img_path='c.jpg'))
+    samples[1].gt_instances.labels[:] = 0
+    (boxes if where == 'boxes' else scores)[1, 1, 4, 3] = wrong
+    with pytest.raises(FloatingPointError, match=r'layer 1 for image id 8 \(c\.jpg\) are not finite'):
         HungarianMatcher()([scores], boxes, collate_targets(samples, NUM_CLASSES))
+
+
+@pytest.mark.parametrize('counts', [(2, 1), (0, 0)])
+def test_all_gradients_are_nan_where_a_number_is_not_finite(counts):
+    """As the criterion gives them on request; else losses and gradients are the same to the last digit."""
+    samples, scores, boxes = make_batch(counts, 9)
+    targets = collate_targets(samples, NUM_CLASSES)
+    results = {}
+    for spreads, wrong in ((False, None), (True, None), (True, math.nan), (True, math.inf)):
+        inputs = [scores.clone(), boxes.clone()]
+        if wrong is not None:
+            inputs[0][0, 0, 8, 3] = wrong
+        inputs = [one.requires_grad_() for one in inputs]
+        criterion = make_criterion()
+        criterion.nan_where_not_finite = spreads
+        losses, dn_losses = criterion(Predictions(*inputs), None, targets, 0)
+        (losses.sum() + dn_losses.sum()).backward()
+        results[spreads, wrong] = [losses.detach(), *(one.grad for one in inputs)]
+        assert (criterion.not_finite is not None) == (wrong is not None and sum(counts) > 0)
+    for plain, spread in zip(results[False, None], results[True, None], strict=True):
+        assert torch.equal(plain, spread)
+    for wrong in (math.nan, math.inf):
+        losses, *gradients = results[True, wrong]
+        assert not losses.isfinite().all()
+        assert all(gradient.isnan().any() for gradient in gradients[: 1 + (sum(counts) > 0)])
 
 
 @pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])

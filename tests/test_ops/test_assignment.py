@@ -40,7 +40,7 @@ def test_rows_want_the_same_columns() -> None:
     assert sorted(columns[0, 0]) == sorted(costs[0, 0, 0].argsort()[:30])
 
 
-@pytest.mark.parametrize('wrong', [np.nan, -np.inf])
+@pytest.mark.parametrize('wrong', [np.nan, -np.inf, np.inf])
 def test_costs_that_are_not_finite_are_named(wrong: float) -> None:
     costs = make_costs(3, 2, 5, 40)
     costs[2, 1, 3, 39] = wrong

@@ -1,5 +1,8 @@
 """DINO's losses, each computed in one pass over all layers, matching and denoising queries together."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
@@ -29,6 +32,13 @@ class SetCriterion(nn.Module):
         matcher: Assigns queries to objects.
         loss_dn_cls: Classification loss of the denoising queries; None is ``loss_cls``.
 
+    Attributes:
+        nan_where_not_finite: Give gradients of NaN where a loss is not finite, and losses of NaN where the matcher
+            meets predictions that are not, instead of its error. Whoever sets it skips such steps:
+            :class:`dino_mm.SkipNotFiniteHook` does. An error would end one process, and leave the others waiting for
+            its gradients.
+        not_finite: What the error would have said about the last batch; None where there was none.
+
     Source: DINO, section 3.3; DETR, section 3.1.
     """
 
@@ -48,6 +58,8 @@ class SetCriterion(nn.Module):
         self.loss_bbox = loss_bbox
         self.loss_iou = loss_iou
         self.matcher = matcher
+        self.nan_where_not_finite = False
+        self.not_finite: str | None = None
 
     def forward(
         self,
@@ -77,7 +89,7 @@ class SetCriterion(nn.Module):
         matching = [Predictions(decoder.scores[:, :, num_dn:], decoder.boxes[:, :, num_dn:])]
         matching += [] if encoder is None else [encoder]
         boxes = torch.cat([layers.boxes for layers in matching])
-        match = self.matcher([layers.scores for layers in matching], boxes, targets)
+        match = self._match([layers.scores for layers in matching], boxes, targets)
 
         labels = self._labels(match, boxes.shape[2], targets, dn_targets, num_dn_groups)
         loss_cls, dn_loss_cls = self._class_losses(decoder.scores, labels[:num_layers], num_dn)
@@ -90,10 +102,23 @@ class SetCriterion(nn.Module):
         totals = to_device([[targets.total, dn_targets.total]], boxes.device, boxes.dtype)[0]
         num_boxes, num_restored = reduce_mean(totals).clamp(min=1)
         num_dn_boxes = num_restored * max(num_dn_groups, 1)
-        return (
-            torch.cat([loss_cls[None], box_losses]) / num_boxes,
-            torch.cat([dn_loss_cls[None], dn_box_losses]) / num_dn_boxes,
-        )
+        losses = torch.cat([loss_cls[None], box_losses]) / num_boxes
+        dn_losses = torch.cat([dn_loss_cls[None], dn_box_losses]) / num_dn_boxes
+        if self.not_finite:
+            return losses * torch.nan, dn_losses * torch.nan
+        return _SpreadNaN.apply(losses, dn_losses) if self.nan_where_not_finite else (losses, dn_losses)
+
+    def _match(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
+        """What the matcher says, see there; no pairs where predictions are not finite and losses shall be NaN."""
+        self.not_finite = None
+        try:
+            return self.matcher(scores, boxes, targets)
+        except FloatingPointError as error:
+            if not self.nan_where_not_finite:
+                raise
+            self.not_finite = str(error)
+            num_layers, bs, num_queries, _ = boxes.shape
+            return torch.full((num_layers, bs, targets.boxes.shape[1]), num_queries, device=boxes.device)
 
     def _labels(
         self, match: Tensor, num_queries: int, targets: Targets, dn_targets: Targets, num_dn_groups: int
@@ -137,6 +162,20 @@ class SetCriterion(nn.Module):
         losses = torch.stack([loss_bbox.sum(1), loss_iou]) * counts
         loss, dn_loss = losses.split([num_pairs, len(pred) - num_pairs], 1)
         return loss.view(2, len(match), -1).sum(2), dn_loss.view(2, num_layers, -1).sum(2)
+
+
+class _SpreadNaN(torch.autograd.Function):
+    """Losses as they are; all gradients are NaN if one loss is not finite. The device is not asked which it is."""
+
+    @staticmethod
+    def forward(ctx: Any, *losses: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(torch.stack([loss.sum() for loss in losses]).sum() * 0 + 1)
+        return tuple(loss.view_as(loss) for loss in losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (factor,) = ctx.saved_tensors
+        return tuple(grad * factor for grad in grads)
 
 
 def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:

@@ -10,7 +10,7 @@ from dino_mm.registry import TASK_UTILS
 from ...ops.assignment import NotFiniteError, assign
 from ...ops.transfer import to_device
 from ..box_ops import corners, generalized_iou
-from ..structures import Targets, describe_unusable_targets
+from ..structures import Targets, describe_unusable_targets, name_image
 
 
 @TASK_UTILS.register_module()
@@ -60,7 +60,7 @@ class HungarianMatcher:
 
         Raises:
             ValueError: An annotation is unusable; names image and box.
-            FloatingPointError: Predictions are not finite.
+            FloatingPointError: Predictions are not finite, infinite ones included; names layer and image.
         """
         num_layers, bs, num_queries, _ = boxes.shape
         if not targets.total:
@@ -73,10 +73,13 @@ class HungarianMatcher:
         return to_device([match], boxes.device)[0]
 
     def cost(self, scores: Sequence[Tensor], boxes: Tensor, targets: Targets) -> Tensor:
-        """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries); NaN for unusable annotations.
+        """Weighted cost of each pair, (num_layers, bs, num_gts, num_queries).
 
-        Queries come last, as they are more: so it is made, and so SciPy takes it, without turning it round.
+        It is NaN for unusable annotations, and for all of an image with a logit that is not finite. Queries come last,
+        as they are more: so it is made, and so SciPy takes it, without turning it round.
         """
+        # A sigmoid hides an infinite logit, and most classes have no part in a cost.
+        boxes = boxes + torch.cat([layers.sum((2, 3)) for layers in scores]).mul_(0)[..., None, None]
         target_boxes = targets.boxes.to(boxes)
         cost = torch.cdist(target_boxes.expand(len(boxes), -1, -1, -1), boxes, p=1).mul_(self.cost_bbox)
         giou = generalized_iou(corners(boxes)[..., None, :, :], corners(target_boxes)[..., None, :])
@@ -102,6 +105,6 @@ def _not_finite(layer: int, image: int, targets: Targets, num_classes: int) -> A
     if unusable is not None:
         return ValueError(unusable)
     return FloatingPointError(
-        f'The predictions of layer {layer} for image {image} of the batch are not finite: training has diverged. '
-        'Lower the learning rate, check `clip_grad` and the inputs; under AMP try bfloat16.'
+        f'The predictions of layer {layer} for {name_image(targets.samples[image])} are not finite. Look at the '
+        'picture; lower the learning rate, check `clip_grad`; under AMP try bfloat16.'
     )
