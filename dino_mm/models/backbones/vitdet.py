@@ -204,11 +204,12 @@ class RelativeAttention(nn.Module):
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def _position_bias(self, query: Tensor, height: int, width: int) -> Tensor:
-        """Position term of the logits.
+        """Position term of the logits; a trace does not find ``height`` and ``width`` in ``query``.
 
         Args:
             query: (bs, num_heads, height, width, head_dim), not scaled: the term is not divided by its root.
-            height, width: Of the rectangle; a trace may not find them in ``query``.
+            height: Of the rectangle, in tokens.
+            width: Likewise.
 
         Returns:
             (bs, num_heads, num_tokens, num_tokens), queries before keys.

@@ -8,12 +8,12 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from ...ops.transfer import to_device
-from ..structures import FeatureLevels, Tokens, name_image
+from ..structures import FeatureLevels, ImageSizes, Tokens, name_image
 
 
 def flatten_levels(
     feats: Sequence[Tensor],
-    samples: Sequence[DetDataSample],
+    samples: Sequence[DetDataSample] | ImageSizes,
     positional_encoding: nn.Module,
     level_embed: Tensor,
 ) -> Tokens:
@@ -22,6 +22,7 @@ def flatten_levels(
     Args:
         feats: Feature maps (bs, dim, height, width).
         samples: Data samples, for ``img_shape`` and ``batch_input_shape``; none, or all of the same size: no padding.
+            Or the sizes alone, with which any image may have padding.
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
     """
@@ -43,7 +44,7 @@ def flatten_levels(
 
 
 def measure_levels(
-    feats: Sequence[Tensor], samples: Sequence[DetDataSample]
+    feats: Sequence[Tensor], samples: Sequence[DetDataSample] | ImageSizes
 ) -> tuple[FeatureLevels, Sequence[Tensor | None], Tensor]:
     """Geometry of the feature maps, and where they are image and where padding.
 
@@ -59,13 +60,17 @@ def measure_levels(
     shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
     starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
     tables: list = [shapes, starts, [(width, height) for height, width in shapes]]
-    if _are_padded(samples):
-        tables.append([sample.img_shape[:2] for sample in samples])
+    given = samples if isinstance(samples, ImageSizes) else None
+    data_samples: Sequence[DetDataSample] = [] if isinstance(samples, ImageSizes) else samples
+    if _are_padded(data_samples):
+        tables.append([sample.img_shape[:2] for sample in data_samples])
     shape_tensor, start_index, sizes, *image_shapes = to_device(tables, feats[0].device)
     masks: Sequence[Tensor | None] = [None] * len(feats)
     valid_sizes = sizes.float().expand(feats[0].shape[0], -1, -1)
-    if image_shapes:
-        masks, valid_sizes = _valid_area(shapes, image_shapes[0], samples[0].batch_input_shape)
+    if given is None and image_shapes:
+        given = ImageSizes(image_shapes[0], data_samples[0].batch_input_shape)
+    if given is not None:
+        masks, valid_sizes = _valid_area(shapes, *given)
     return FeatureLevels(shapes, shape_tensor, start_index, sizes, valid_sizes / sizes), masks, valid_sizes
 
 
