@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
+    from .export import ExportError, export_detector
     from .models import (
         DINO,
         CDNGenerator,
@@ -61,6 +62,7 @@ __all__ = [
     'DINOHead',
     'DetVisualizationHook',
     'EpochBasedTrainLoop',
+    'ExportError',
     'FocalLoss',
     'HungarianMatcher',
     'InternImage',
@@ -83,12 +85,13 @@ __all__ = [
     '__version__',
     'cfg',
     'compile_detector',
+    'export_detector',
     'get_config',
     'get_model',
     'list_models',
 ]
 #: Where the classes are; none of these is imported before one of its classes is asked for.
-_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'checkpoints.errors')
+_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'checkpoints.errors', 'export')
 
 
 def __dir__() -> list[str]:
