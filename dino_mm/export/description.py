@@ -1,16 +1,15 @@
 """What an exported file says of itself, so that it can be run without dino_mm and without the config."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from mmengine.config import ConfigDict
 
 from ..models.detectors.dino import DINO
 from .errors import ExportError
 
-#: Sides that fixed sizes and least sizes are multiples of; the coarsest map of most models has this stride.
-STRIDE = 32
 DYNAMIC = ('batch', 'size')
 
 
@@ -27,8 +26,10 @@ class Description(NamedTuple):
     """``shorter`` edge and limit of the ``longer`` one in pixels, as of ``ResizeShortestEdge``; None: another rule."""
     divisor: int
     """What padding makes sides multiples of."""
-    least: int
-    """Sides below are padded to this: smaller maps have fewer pixels than the model has queries."""
+    queries: int
+    """Maps must have as many pixels: pictures that are smaller are padded."""
+    strides: list[int]
+    """Pixels of the input per pixel of each map."""
     height: int | None
     """Of the input; None is any."""
     width: int | None
@@ -56,7 +57,7 @@ def describe(model: DINO, size: tuple[int, int] | None, dynamic: tuple[str, ...]
     resize = _resizing(model.cfg)
     if preprocessor.get('mean') is None or len(preprocessor.mean) != 3:
         raise ExportError('`data_preprocessor` of the config must state `mean` and `std` of three channels.')
-    divisor, least = preprocessor.get('pad_size_divisor', 1), least_side(model)
+    strides = _strides(model)
     height = width = None
     if 'size' not in dynamic:
         if size is None and resize is None:
@@ -65,9 +66,10 @@ def describe(model: DINO, size: tuple[int, int] | None, dynamic: tuple[str, ...]
                 'HEIGHTxWIDTH, or --dynamic size.'
             )
         height, width = size or (resize['shorter'], resize['longer'])  # type: ignore[index]
-        if min(height, width) < least:
+        if num_tokens(height, width, strides) < model.num_queries:
             raise ExportError(
-                f'--size {height}x{width}: {model.num_queries} queries need sides of at least {least} pixels.'
+                f'--size {height}x{width}: feature maps have fewer pixels than the {model.num_queries} queries that '
+                'the model chooses among them. Give a larger size, or fewer `num_queries`.'
             )
     return Description(
         tuple(model.dataset_meta['classes']),
@@ -75,8 +77,9 @@ def describe(model: DINO, size: tuple[int, int] | None, dynamic: tuple[str, ...]
         [float(value) for value in preprocessor.std],
         'RGB' if preprocessor.get('bgr_to_rgb') else 'BGR',
         resize,
-        divisor,
-        least,
+        preprocessor.get('pad_size_divisor', 1),
+        model.num_queries,
+        strides,
         height,
         width,
         None if 'batch' in dynamic else 1,
@@ -84,18 +87,16 @@ def describe(model: DINO, size: tuple[int, int] | None, dynamic: tuple[str, ...]
     )
 
 
-def least_side(model: DINO) -> int:
-    """The least side of a square image whose maps have a pixel for every query."""
-    side = 2 * STRIDE
-    while _num_tokens(model, side) < model.num_queries:
-        side += STRIDE
-    return side
+def num_tokens(height: int, width: int, strides: Sequence[int]) -> int:
+    """The least number of pixels of all maps of an image."""
+    return sum(max(height // stride, 1) * max(width // stride, 1) for stride in strides)
 
 
-def _num_tokens(model: DINO, side: int) -> int:
-    """Fewer than the pixels of all maps of a square image; the finest map has stride 8, or 4 with five maps."""
-    finest = 4 if model.num_feature_levels > 4 else 8
-    return sum(max(side // (finest * 2**level), 1) ** 2 for level in range(model.num_feature_levels))
+@torch.no_grad()
+def _strides(model: DINO) -> list[int]:
+    """Pixels of the image per pixel of each map."""
+    image = next(model.parameters()).new_zeros(1, 3, 256, 256)
+    return [round(256 / feature.shape[2]) for feature in model.extract_feat(image)]
 
 
 def _resizing(config: ConfigDict) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..models.detectors.dino import DINO
 from .check import FULL, HALF, Comparison, Run, compare
-from .description import DYNAMIC, Description, describe
+from .description import DYNAMIC, Description, describe, num_tokens
 from .errors import ExportError
 from .formats import FORMATS, Plan, check_plan
 from .network import ExportNetwork
@@ -147,8 +147,9 @@ def check_sizes(description: Description) -> list[Size]:
     """(height, width): the fixed one, or three that no stride divides but the first's, in both orientations."""
     if description.height is not None and description.width is not None:
         return [(description.height, description.width)]
-    edge = max(description.resize['shorter'] if description.resize else 640, description.least)
-    edge = -(-edge // 32) * 32
+    edge = -(-(description.resize['shorter'] if description.resize else 640) // 32) * 32
+    while num_tokens(edge, edge, description.strides) < description.queries:
+        edge += 32
     return [(edge, edge * 5 // 4 // 32 * 32), (edge * 5 // 4 + 13, edge + 1), (edge + 7, edge * 3 // 2 + 5)]
 
 

@@ -79,7 +79,7 @@ def export_program(network: ExportNetwork, example: Example, plan: Plan) -> torc
     if description.batch is None:
         images[0] = dim
     if description.height is None:
-        images |= {2: dim(min=description.least), 3: dim(min=description.least)}
+        images |= {2: dim, 3: dim}
     sizes = {0: dim} if description.batch is None else None
     with recording(network, plan):
         return torch.export.export(network, example, dynamic_shapes=(images or None, sizes))

@@ -16,12 +16,13 @@ class ExportNetwork(nn.Module):
     Boxes without area after clipping, which the detector removes, stay: the number of detections is fixed.
 
     Args:
-        model: The detector, in evaluation mode.
+        model: The detector; it is put into evaluation mode.
     """
 
     def __init__(self, model: DINO) -> None:
         super().__init__()
         self.model = model
+        self.eval()  # all of it: torch's exporter gives every part the mode that this one had
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect.
