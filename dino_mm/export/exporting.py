@@ -157,6 +157,9 @@ def _batches(description: Description) -> list[int]:
     return [1, 2] if description.batch is None else [description.batch]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of the error that was the first: torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0] if lines else ""}'[:300].rstrip('. ')
