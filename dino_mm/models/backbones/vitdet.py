@@ -195,8 +195,10 @@ class RelativeAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
         query, key, value = qkv.view(bs, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
         bias = self._position_bias(query.view(bs, self.num_heads, height, width, -1), height, width)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(output.transpose(1, 2).reshape(bs, height, width, dim))
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+        if is_compiling():  # a view that is recorded here does not fit the strides of other code for attention
+            output = copy(output)
+        return self.proj(output.reshape(bs, height, width, dim))
 
     def _qkv_bias(self) -> Tensor:
         if self.qkv.bias is not None:
