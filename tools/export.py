@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=height_and_width, metavar='HxW', help='height and width where they are fixed')
     parser.add_argument('--opset', type=int, default=17, help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]} (%(default)s)')
     parser.add_argument('--dynamo', action='store_true', help='write ONNX by torch.export instead of a trace')
-    parser.add_argument('--half', action='store_true', help='convolutions and matrix products in float16')
+    parser.add_argument('--half', action='store_true', help='convolutions and most matrix products in float16')
     parser.add_argument('--gridsample', choices=['on', 'off'], default='on', help='off: gathers instead of GridSample')
     parser.add_argument('--tensorrt-plugin', action='store_true', help="nodes of TensorRT's deformable attention")
     parser.add_argument('--images', metavar='DIR', help='pictures for the check; drawn ones by default')

@@ -46,7 +46,7 @@ def export_detector(
             resizes to.
         opset: Of ONNX.
         dynamo: Write ONNX by torch.export instead of a trace.
-        half: Convolutions and matrix products in float16; inputs, positions and outputs stay float32.
+        half: Convolutions and most matrix products in float16; inputs, positions and outputs stay float32.
         gridsample: Sample feature maps by ``grid_sample``; else by gathers.
         tensorrt_plugin: Sample by TensorRT's plugin.
         images: Folder of pictures for the check; by default they are drawn.

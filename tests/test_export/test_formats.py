@@ -134,6 +134,24 @@ def test_a_fixed_size_is_checked_and_others_are_named(exported: Exported, tmp_pa
 
 
 @pytest.mark.slow
+def test_half_precision_is_in_convolutions_and_not_in_positions(exported: Exported, tmp_path: Path) -> None:
+    path = export_detector(exported.model, tmp_path / 'm.onnx', size=(96, 160), half=True, tell=list)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == 'Conv':
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT16, node.name
+        if node.op_type == 'GridSample':
+            assert types[node.input[1]] == onnx.TensorProto.FLOAT, node.name
+    assert types['boxes'] == types['scores'] == onnx.TensorProto.FLOAT
+    inputs = batch(1, 96, 160)
+    _, scores, _ = loaded(path, exported.model)(*inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(scores, ExportNetwork(exported.model)(*inputs)[1], rtol=0, atol=0.02)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('format', ['exported-program', 'aoti'])
 def test_programs_of_torch(format: str, exported: Exported, tmp_path: Path) -> None:
     path = export_detector(exported.model, tmp_path / 'm.pt2', format, dynamic=BOTH, tell=list)
