@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         compile_detector,
     )
     from .evaluation import CheckedCocoMetric
+    from .export import ExportError, export_detector
     from .inference import Prediction, SourceError, predict
     from .models import (
         DINO,
@@ -69,6 +70,7 @@ __all__ = [
     'DINOHead',
     'DetVisualizationHook',
     'EpochBasedTrainLoop',
+    'ExportError',
     'FocalLoss',
     'HeartbeatHook',
     'HungarianMatcher',
@@ -98,13 +100,14 @@ __all__ = [
     '__version__',
     'cfg',
     'compile_detector',
+    'export_detector',
     'get_config',
     'get_model',
     'list_models',
     'predict',
 ]
 #: Where the classes are; none of these is imported before one of its classes is asked for.
-_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'inference', 'checkpoints.errors')
+_ROOMS = ('models', 'engine', 'datasets', 'evaluation', 'inference', 'checkpoints.errors', 'export')
 
 
 def __dir__() -> list[str]:

@@ -55,6 +55,11 @@ COMMANDS = {
     'convert': Command(
         'show what a checkpoint is, or make one of ours of it', 'CHECKPOINT --inspect', 'convert_checkpoint.py'
     ),
+    'export': Command(
+        'export a detector to other runtimes, and check the file',
+        'dino_r50_4scale_12ep --dynamic batch,size',
+        'export.py',
+    ),
     'benchmark': Command("measure a DINO against MMDetection's", '--sweep batch=1,4', 'benchmark.py'),
     'env': Command('report what is installed and what is missing', ''),
 }

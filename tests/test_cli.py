@@ -35,7 +35,7 @@ def test_starts_without_torch(arguments: list[str], as_script: bool, script: Pat
 def test_overview_names_every_command() -> None:
     done = python('-m', 'dino_mm', '--help')
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith('  ')]
-    names = ['models', 'new', 'train', 'test', 'report', 'predict', 'check', 'convert', 'benchmark', 'env']
+    names = ['models', 'new', 'train', 'test', 'report', 'predict', 'check', 'convert', 'export', 'benchmark', 'env']
     assert listed == list(cli.COMMANDS) == names
     assert 'example: dino-mm train dino_r50_4scale_12ep' in done.stdout
     done = python('-m', 'dino_mm', status=2)

@@ -42,7 +42,7 @@ print(DINO is same is dino_mm.DINO, CheckedCocoMetric.__module__)
 
 
 def test_every_part_is_a_name_of_the_package() -> None:
-    rooms = ('models', 'engine', 'datasets', 'evaluation', 'inference')
+    rooms = ('models', 'engine', 'datasets', 'evaluation', 'inference', 'export')
     parts = {name: room for room in rooms for name in importlib.import_module(f'dino_mm.{room}').__all__}
     functions = {'cfg', 'get_config', 'get_model', 'list_models', '__version__'}
     errors = {'CheckpointError', 'UnknownConfigError'}

@@ -30,6 +30,15 @@ class FeatureLevels(NamedTuple):
     """(bs, num_levels, 2), part of the (width, height) that is image, not padding."""
 
 
+class ImageSizes(NamedTuple):
+    """Sizes of the images of a padded batch as a tensor, in place of data samples: an exported model's input."""
+
+    sizes: Tensor
+    """(bs, 2) int64, (height, width) of each image without padding."""
+    batch_shape: tuple[int, int]
+    """(height, width) of all with padding."""
+
+
 class Tokens(NamedTuple):
     """The feature pyramid of a batch as one sequence of tokens."""
 

@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,8 @@ from mmcv.ops import get_compiling_cuda_version
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor
 
-from . import sampling_operator
+from . import gather_sampling, sampling_operator
+from .tracing import is_looked_into
 
 #: The environment variable that chooses a back-end; :func:`use_backend` does so in code.
 VARIABLE = 'DINO_MM_DEFORMABLE'
@@ -53,10 +55,18 @@ def by_pytorch(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels
     return multi_scale_deformable_attn_pytorch(value, levels.shapes, locations, weights)
 
 
+def by_gathers(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """See :func:`sample_levels`: for exports to where `grid_sample` is missing or wrong."""
+    return gather_sampling.sample(value, levels.shape_tensor, levels.start_index, locations, weights).flatten(2)
+
+
+Sampler = Callable[[Tensor, Tensor, Tensor, Levels], Tensor]
+
+
 class Backend(NamedTuple):
     """A way to sample."""
 
-    sample: Callable[[Tensor, Tensor, Tensor, Levels], Tensor]
+    sample: Sampler
     devices: tuple[str, ...]
     """Types of the devices that it is for."""
     dtypes: tuple[torch.dtype, ...]
@@ -87,6 +97,7 @@ BACKENDS = {
     'pytorch': Backend(by_pytorch, ('cpu', 'cuda'), (*HALF, *FULL), True, 'comes with dino_mm'),
 }
 _chosen: str | None = None
+_recorded: Sampler | None = None
 
 
 def use_backend(name: str | None) -> None:
@@ -134,6 +145,17 @@ def backend_for(device: str, dtype: torch.dtype = torch.float32) -> str:
     return _chosen
 
 
+@contextmanager
+def recorded_as(sample: Sampler) -> Iterator[None]:
+    """Have the traces and exported programs that are made within hold ``sample``; what runs stays the same."""
+    global _recorded
+    before, _recorded = _recorded, sample
+    try:
+        yield
+    finally:
+        _recorded = before
+
+
 @cache
 def warn_of_plain_code() -> None:
     """Tell once how a GPU samples faster."""
@@ -148,7 +170,7 @@ def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Lev
     """Weighted sum of bilinear samples, by the back-end of :func:`backend_for`.
 
     Compiled and exported programs have the back-end as one operator; traces, which are for other libraries, have the
-    operators of mmcv's PyTorch code, and so has whatever runs on the meta device.
+    operators of mmcv's PyTorch code, and so has whatever runs on the meta device. :func:`recorded_as` has another say.
 
     Args:
         value: (bs, num_tokens, num_heads, dim / num_heads); 0 is read outside of a level.
@@ -159,6 +181,8 @@ def sample_levels(value: Tensor, locations: Tensor, weights: Tensor, levels: Lev
     Returns:
         (bs, num_queries, dim).
     """
+    if _recorded is not None and is_looked_into():
+        return _recorded(value, locations, weights, levels)
     if value.is_meta or torch.jit.is_tracing():
         return by_pytorch(value, locations, weights, levels)
     name = backend_for(value.device.type, value.dtype)

@@ -6,11 +6,13 @@ import math
 import pytest
 import timm
 import torch
+from mmdet.models.backbones.swin import ShiftWindowMSA
+from mmdet.models.layers.transformer.utils import AdaptivePadding
 from torch import nn
 
 from dino_mm.checkpoints.backbones.swin import OPENMMLAB, ORIGINAL
 from dino_mm.checkpoints.names import convert
-from dino_mm.models.backbones.swin import SwinTransformer
+from dino_mm.models.backbones.swin import EdgePadding, SwinTransformer, WindowAttention, use_symbolic_sizes
 
 TINY = dict(embed_dims=8, depths=(2, 1), num_heads=(1, 2), strides=(4, 2), window_size=4, out_indices=(0, 1))
 #: The original's names of what the tiny model has twice, in blocks 0 and 1 of stage 0 and block 0 of stage 1.
@@ -232,3 +234,26 @@ def test_a_copy_with_checkpointing_is_independent():
     sum(output.sum() for output in copied(torch.randn(1, 3, 32, 32))).backward()
     assert all(parameter.grad is not None for parameter in copied.parameters())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('size', [(4, 4), (3, 9), (8, 13), (16, 4)])
+def test_attention_in_windows_is_mmdets(shift: bool, size: tuple[int, int]) -> None:
+    own = ShiftWindowMSA(8, 2, window_size=4, shift_size=2 if shift else 0)
+    torch.nn.init.normal_(own.w_msa.relative_position_bias_table)
+    x = torch.randn(2, size[0] * size[1], 8)
+    expected = own(x, size)
+    use_symbolic_sizes(own)
+    assert type(own) is WindowAttention
+    torch.testing.assert_close(own(x, size), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(8, 8), (9, 8), (8, 11), (1, 3)])
+@pytest.mark.parametrize('stride', [2, 4])
+def test_padding_is_mmdets(stride: int, size: tuple[int, int]) -> None:
+    padding = AdaptivePadding(kernel_size=stride, stride=stride, padding='corner')
+    x = torch.randn(2, 3, *size)
+    expected = padding(x)
+    use_symbolic_sizes(padding)
+    assert type(padding) is EdgePadding
+    assert torch.equal(padding(x), expected)

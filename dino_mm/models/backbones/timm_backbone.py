@@ -127,7 +127,8 @@ def pad_to_stride(module: Downsample, args: tuple[Tensor]) -> tuple[Tensor]:
 def normalize_channels(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply ``norm`` to ``x``, (bs, channels, height, width); torch's LayerNorm wants the channels last."""
     if isinstance(norm, nn.LayerNorm):
-        return norm(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+        # Not by `movedim`: ONNX files would have a negative axis, which onnxruntime refuses.
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
     return norm(x)
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_mm.registry import MODELS
 
 from ...checkpoints.loading import convert_backbones_on_load
+from ...ops.tracing import is_compiling
 
 
 @MODELS.register_module()
@@ -193,28 +194,45 @@ class RelativeAttention(nn.Module):
         bs, height, width, dim = x.shape
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
         query, key, value = qkv.view(bs, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        bias = self._position_bias(query.unflatten(2, (height, width)))
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(output.transpose(1, 2).reshape(bs, height, width, dim))
+        bias = self._position_bias(query.view(bs, self.num_heads, height, width, -1), height, width)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+        if is_compiling():  # a view that is recorded here does not fit the strides of other code for attention
+            output = copy(output)
+        return self.proj(output.reshape(bs, height, width, dim))
 
     def _qkv_bias(self) -> Tensor:
         if self.qkv.bias is not None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def _position_bias(self, query: Tensor) -> Tensor:
-        """Position term of the logits.
+    def _position_bias(self, query: Tensor, height: int, width: int) -> Tensor:
+        """Position term of the logits; a trace does not find ``height`` and ``width`` in ``query``.
 
         Args:
             query: (bs, num_heads, height, width, head_dim), not scaled: the term is not divided by its root.
+            height: Of the rectangle, in tokens.
+            width: Likewise.
 
         Returns:
             (bs, num_heads, num_tokens, num_tokens), queries before keys.
         """
-        height, width = query.shape[2:4]
-        rows = torch.einsum('bnhwc,hkc->bnhwk', query, relative_positions(self.rel_pos_h, height))
-        columns = torch.einsum('bnhwc,wkc->bnhwk', query, relative_positions(self.rel_pos_w, width))
+        rows = self._along_first(query.permute(2, 0, 1, 3, 4), relative_positions(self.rel_pos_h, height))
+        columns = self._along_first(query.permute(3, 0, 1, 2, 4), relative_positions(self.rel_pos_w, width))
+        rows, columns = copy(rows.permute(1, 2, 0, 3, 4)), copy(columns.permute(1, 2, 3, 0, 4))
         return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+
+    @staticmethod
+    def _along_first(query: Tensor, positions: Tensor) -> Tensor:
+        """Products of ``query`` (length, bs, num_heads, other, head_dim) and ``positions`` (length, length, head_dim).
+
+        What `einsum` computes, and as it does; but an exported program would have guards on `einsum`'s strides.
+
+        Returns:
+            (length, bs, num_heads, other, length), keys last.
+        """
+        length, bs, num_heads, other, head_dim = query.shape
+        rows = copy(query).view(length, bs * num_heads * other, head_dim)
+        return (rows @ positions.transpose(1, 2)).view(length, bs, num_heads, other, length)
 
 
 def relative_positions(table: Tensor, length: int) -> Tensor:
@@ -229,7 +247,8 @@ def relative_positions(table: Tensor, length: int) -> Tensor:
         (length, length, dim), queries before keys.
     """
     num_distances = 2 * length - 1
-    if table.shape[0] != num_distances:
+    # What is recorded serves other lengths; interpolation to the same number changes nothing.
+    if torch.jit.is_tracing() or isinstance(length, torch.SymInt) or table.shape[0] != num_distances:
         table = F.interpolate(table.t()[None], num_distances, mode='linear', align_corners=False)[0].t()
     positions = torch.arange(length, device=table.device)
     return table[positions[:, None] - positions + length - 1]
@@ -240,16 +259,41 @@ def to_windows(x: Tensor, size: int) -> Tensor:
 
     Zeros fill up the last windows. Attention does not mask them: as keys and values they are the bias alone.
     """
-    height, width = x.shape[1:3]
-    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(0, 2)
+    # By shapes and `view`: traces and ONNX files make constants of the sizes that `unflatten` and `flatten` find.
+    bs, height, width, dim = x.shape
+    rows, columns = windows_along(height, size), windows_along(width, size)
+    x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = copy(x.view(bs, rows, size, columns, size, dim).transpose(2, 3))
+    return x.view(bs * rows * columns, size, size, dim)
 
 
 def from_windows(windows: Tensor, height: int, width: int) -> Tensor:
     """Put windows (bs * num_windows, size, size, dim) together to (bs, height, width, dim), without the filling."""
-    size = windows.shape[1]
-    x = windows.unflatten(0, (-1, -(-height // size), -(-width // size)))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    size, dim = windows.shape[2:]
+    rows, columns = windows_along(height, size), windows_along(width, size)
+    x = copy(windows.view(-1, rows, columns, size, size, dim).transpose(2, 3))
+    return crop(x.view(-1, rows * size, columns * size, dim), height, width)
+
+
+def copy(x: Tensor) -> Tensor:
+    """``x``, contiguous. `reshape` copies too, but an exported program would have guards on when it need not."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` rows and ``width`` columns of ``x``, (bs, rows, columns, dim).
+
+    An exported program gathers them: slices would have guards on whether they are all of ``x``.
+    """
+    if not is_compiling():
+        return x[:, :height, :width]
+    rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
+    return x.index_select(1, rows).index_select(2, columns)
+
+
+def windows_along(length: int, size: int) -> int:
+    """Number of windows that cover ``length`` tokens; without a negative dividend, which ONNX rounds the other way."""
+    return (length + size - 1) // size
 
 
 def _check(embed_dims: int, num_heads: int, depth: int, global_attn_indexes: Sequence[int], frozen_stages: int) -> None:

@@ -186,15 +186,27 @@ class DINOHead(BaseModule):
             For each image the ``max_per_img`` best pairs of query and class: ``bboxes`` (n, 4) xyxy in pixels, clipped
             to the image, those without area removed, ``scores`` (n,) descending, ``labels`` (n,).
         """
-        scores, boxes = all_layers_cls_scores[-1].sigmoid().flatten(1), all_layers_bbox_preds[-1]
-        best, index = scores.topk(min(self.max_per_img, scores.shape[1]))
-        boxes = boxes.gather(1, (index // self.num_classes)[..., None].expand(-1, -1, 4))
+        best, labels, boxes = self.best_pairs(all_layers_cls_scores[-1], all_layers_bbox_preds[-1])
         boxes = _to_pixels(bbox_cxcywh_to_xyxy(boxes), batch_img_metas, rescale)
         kept = _indices((boxes[..., 2:] > boxes[..., :2]).all(-1))
         return [
             InstanceData(bboxes=b[i], scores=s[i], labels=c[i])
-            for i, b, s, c in zip(kept, boxes, best, index % self.num_classes, strict=True)
+            for i, b, s, c in zip(kept, boxes, best, labels, strict=True)
         ]
+
+    def best_pairs(self, scores: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``max_per_img`` best pairs of query and class of each image.
+
+        Args:
+            scores: (bs, num_queries, num_classes) logits.
+            boxes: (bs, num_queries, 4).
+
+        Returns:
+            Scores (bs, n) in [0, 1], descending; labels (bs, n); boxes (bs, n, 4).
+        """
+        pairs = scores.sigmoid().flatten(1)
+        best, index = pairs.topk(min(self.max_per_img, pairs.shape[1]))
+        return best, index % self.num_classes, boxes.gather(1, (index // self.num_classes)[..., None].expand(-1, -1, 4))
 
 
 def _to_pixels(boxes: Tensor, img_metas: list[dict], rescale: bool) -> Tensor:

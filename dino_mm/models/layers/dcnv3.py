@@ -118,7 +118,7 @@ class DCNv3(nn.Module):
         Returns:
             The same shape.
         """
-        bs, dim = len(x), x.shape[-1]
+        bs, dim = x.shape[0], x.shape[-1]  # `len` would make a trace's batch size a constant
         value = self.input_proj(x)
         query = self.depthwise(x)
         offsets = self.offset(query).view(bs, -1, self.groups, 1, NUM_POINTS, 2)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ...ops.transfer import to_device
 from ..box_ops import sine_encoding, wavelengths
-from ..structures import FeatureLevels, Tokens, name_image
+from ..structures import FeatureLevels, ImageSizes, Tokens, name_image
 
 
 def flatten_levels(
     feats: Sequence[Tensor],
-    samples: Sequence[DetDataSample],
+    samples: Sequence[DetDataSample] | ImageSizes,
     positional_encoding: nn.Module,
     level_embed: Tensor,
 ) -> Tokens:
@@ -24,6 +24,7 @@ def flatten_levels(
     Args:
         feats: Feature maps (bs, dim, height, width).
         samples: Data samples, for ``img_shape`` and ``batch_input_shape``; none, or all of the same size: no padding.
+            Or the sizes alone, with which any image may have padding.
         positional_encoding: Position embedding of a mask or a map, mmdet's interface.
         level_embed: (num_levels, dim).
 
@@ -63,7 +64,7 @@ class Grid(NamedTuple):
 
 
 def measure_levels(
-    feats: Sequence[Tensor], samples: Sequence[DetDataSample]
+    feats: Sequence[Tensor], samples: Sequence[DetDataSample] | ImageSizes
 ) -> tuple[FeatureLevels, Grid, Tensor | None]:
     """Geometry of the feature maps and of their pixels, and where they are padding.
 
@@ -77,13 +78,19 @@ def measure_levels(
     shapes = tuple((feat.shape[2], feat.shape[3]) for feat in feats)
     starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
     tables: list = [shapes, starts, [(width, height) for height, width in shapes]]
-    if _are_padded(samples):
-        tables += [[sample.img_shape[1::-1] for sample in samples], samples[0].batch_input_shape[::-1]]
-    shape_tensor, start_index, sizes, *image_sizes = to_device(tables, feats[0].device)
+    given = samples if isinstance(samples, ImageSizes) else None
+    data_samples: Sequence[DetDataSample] = [] if isinstance(samples, ImageSizes) else samples
+    if given is not None:
+        tables.append(given.batch_shape[::-1])
+    elif _are_padded(data_samples):
+        tables += [data_samples[0].batch_input_shape[::-1], [sample.img_shape[1::-1] for sample in data_samples]]
+    shape_tensor, start_index, sizes, *batch = to_device(tables, feats[0].device)
+    if given is not None:
+        batch.append(given.sizes.flip(-1))
     level, pixel = _token_places(sum(height * width for height, width in shapes), start_index, sizes)
     sizes = sizes.float()
-    if image_sizes:
-        padding_mask, valid_sizes = _valid_area(level, pixel, sizes, *image_sizes)
+    if batch:
+        padding_mask, valid_sizes = _valid_area(level, pixel, sizes, *batch)
     else:
         padding_mask, valid_sizes = None, sizes.expand(feats[0].shape[0], -1, -1)
     levels = FeatureLevels(shapes, shape_tensor, start_index, sizes, valid_sizes / sizes)
@@ -99,7 +106,7 @@ def _token_places(num_tokens: int, start_index: Tensor, sizes: Tensor) -> tuple[
 
 
 def _valid_area(
-    level: Tensor, pixel: Tensor, sizes: Tensor, image_sizes: Tensor, batch_size: Tensor
+    level: Tensor, pixel: Tensor, sizes: Tensor, batch_size: Tensor, image_sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Padding of (bs, num_tokens), and (bs, num_levels, 2) columns and rows that are image.
 
@@ -107,8 +114,8 @@ def _valid_area(
         level: As in :class:`Grid`.
         pixel: The same.
         sizes: (num_levels, 2), (width, height) of the maps.
-        image_sizes: (bs, 2), (width, height) of the images.
         batch_size: (2,), the same of the batch, padding included.
+        image_sizes: (bs, 2), the same of the images.
     """
     # A pixel of a map is padding if the nearest pixel of the batch, as `interpolate` rounds, is.
     source = (pixel * (batch_size / sizes)[level]).floor()
