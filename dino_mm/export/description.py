@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import ConfigDict
 
+from ..datasets.transforms import ResizeShortestEdge
 from ..models.detectors.dino import DINO
 from .errors import ExportError
 
@@ -102,10 +103,17 @@ def _strides(model: DINO) -> list[int]:
 def _resizing(config: ConfigDict) -> dict[str, Any] | None:
     """The rule by which the test pipeline resizes, if it is ours."""
     for transform in _transforms(config.get('test_dataloader', {}).get('dataset', {})):
-        if str(transform.get('type')).rpartition('.')[2] == 'ResizeShortestEdge':
+        if _is_shortest_edge(transform):
             shorter, longer = transform['scale']
             return dict(shorter=shorter, longer=longer, backend=transform.get('backend', 'pillow'))
     return None
+
+
+def _is_shortest_edge(transform: dict) -> bool:
+    """Whether it is ours, by either of its names; in our configs it is called `Resize`, for sahi's sake."""
+    scope, _, name = str(transform.get('type')).rpartition('.')
+    scope = scope or transform.get('_scope_', '')
+    return name == ResizeShortestEdge.__name__ or (scope, name) == ('dino_mm', 'Resize')
 
 
 def _transforms(dataset: dict) -> Iterator[dict]:

@@ -121,8 +121,9 @@ def _valid_area(
     source = (pixel * (batch_size / sizes)[level]).floor()
     padding = (source >= image_sizes[:, None]).any(-1)
     end = (pixel + 1).masked_fill(padding[..., None], 0.0)
-    index = level[:, None].expand_as(end)
-    return padding, end.new_zeros(len(end), *sizes.shape).scatter_reduce(1, index, end, 'amax')
+    of_level = level == torch.arange(len(sizes), device=level.device)[:, None]
+    # Not a scatter, which formats of exports lack.
+    return padding, torch.where(of_level[..., None], end[:, None], 0.0).amax(2)
 
 
 def _are_padded(samples: Sequence[DetDataSample]) -> bool:
