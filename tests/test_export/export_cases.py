@@ -78,7 +78,7 @@ def config_of(family: str) -> Config:
     config.model.neck.in_channels = list(channels)
     config.test_dataloader.dataset.metainfo = dict(classes=NAMES)
     for transform in config.test_dataloader.dataset.pipeline:
-        if transform['type'] == 'dino_mm.ResizeShortestEdge':
+        if transform['type'] == 'Resize':
             transform['scale'] = EDGES
     return config
 
