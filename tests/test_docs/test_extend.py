@@ -32,6 +32,7 @@ TINY = {
     'model.encoder.feedforward_channels': 32,
     'model.decoder.feedforward_channels': 32,
 }
+TINY_BACKBONE = {'model.backbone.depth': 18, 'model.backbone.base_channels': 8, 'model.neck.in_channels': [16, 32, 64]}
 REGISTRIES = (MMDET_MODELS, TASK_UTILS, DATASETS, HOOKS)
 FILE = re.compile(r'```python\n# (\w+\.py)\n(.*?)```', re.DOTALL)
 
@@ -54,7 +55,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         for name, text in sections()[heading].items():
             (tmp_path / name).write_text(text)
         config = Config.fromfile(tmp_path / 'own.py')
-        config.merge_from_dict(TINY)
+        config.merge_from_dict(TINY if heading == 'Backbone' else TINY | TINY_BACKBONE)
         return config
 
     yield load
@@ -110,7 +111,7 @@ def test_backbone(load: Callable[[str], Config]) -> None:
 def test_neck(load: Callable[[str], Config]) -> None:
     model, _ = train_and_detect(load('Neck'), 80)
     assert type(model.neck).__name__ == 'TopDownNeck'
-    maps = tuple(torch.randn(1, c, s, s) for c, s in ((512, 8), (1024, 4), (2048, 2)))
+    maps = tuple(torch.randn(1, c, s, s) for c, s in ((16, 8), (32, 4), (64, 2)))
     plain, added = super(type(model.neck), model.neck).forward(maps), model.neck(maps)
     assert torch.equal(added[3], plain[3])
     torch.testing.assert_close(added[2], plain[2] + plain[3])
@@ -166,9 +167,6 @@ def run(config: Config, work_dir: Path, **options: object) -> Runner:
         'train_dataloader.persistent_workers': False,
         'val_dataloader.num_workers': 0,
         'val_dataloader.persistent_workers': False,
-        'model.backbone.depth': 18,
-        'model.backbone.base_channels': 8,
-        'model.neck.in_channels': [16, 32, 64],
         **options,
     })  # fmt: skip
     apply_settings(config)
