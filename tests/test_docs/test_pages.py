@@ -123,6 +123,15 @@ def test_snippets_of_prediction_run(
     assert lines >= (1 if page.name == 'index.md' else 3)
 
 
+def test_installation_lists_the_extras_of_the_package() -> None:
+    (node,) = re.findall(r'^EXTRAS = (\{.*?^\})', (ROOT / 'setup.py').read_text(), re.MULTILINE | re.DOTALL)
+    extras = ast.literal_eval(re.sub(r"'(cpu|gpu)': .*", '', node))
+    stated = re.findall(r'^\| `([\w-]+)` \| ([\w, -]+) \| ', (ROOT / 'docs/installation.md').read_text(), re.MULTILINE)
+    names = {extra: [re.match(r'[\w-]+', package)[0] for package in packages] for extra, packages in extras.items()}
+    assert names.items() <= {extra: packages.split(', ') for extra, packages in stated}.items()
+    assert len(names) == 5
+
+
 def test_configs_of_the_readme_are_configs(tmp_path: Path) -> None:
     (text,) = [block for block in blocks(README, 'python') if '_base_' in block]
     (tmp_path / 'own.py').write_text(text)
