@@ -16,6 +16,8 @@ PYTHON ?= $(shell \
 	echo python3)
 
 TESTS ?= -m "not slow"
+# Most tests keep one core busy: two processes take the files in turns.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 # What differs between the kinds of MMDetection: imports, the demo, mmdet's own tools, R50's and a DCNv3's equality.
 SHORT = tests/test_demo.py tests/test_packaging.py tests/test_parity/test_zoo.py tests/test_parity/test_training.py \
 	-k "fails_in_one_line or another_project or (test_zoo and r50_4scale) or (test_zoo and internimage_t) or test_post_processing"
@@ -33,10 +35,10 @@ demo: setup ## train a small DINO on handwritten digits, evaluate it, draw its d
 	$(VENV)/bin/python tools/demo.py
 
 test: setup ## run the tests but for the slow ones
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-slow: setup ## run the tests of large models
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-build: ## run the tests with mmcv's compiled operators, in an environment of its own
 	@$(MAKE) test VENV=$(VENV)-build MMCV=build
