@@ -3,9 +3,8 @@
 import os
 from collections.abc import Sequence
 
-#: Of torch; processes of tests that run side by side (pytest-xdist) have one each.
-THREADS = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2
-os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
+# Processes of tests that run side by side (pytest-xdist) have one thread each.
+os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import dino_mm
 from dino_mm.models import DINO
 from dino_mm.registry import MODELS
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
 @pytest.fixture(autouse=True)
