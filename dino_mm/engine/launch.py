@@ -89,7 +89,7 @@ def build_runner(config: Config) -> Runner:
         )
     if str(config.get('runner_type')).rpartition('.')[2] == 'FlexibleRunner':
         raise SystemExit(
-            "error: `runner_type = 'FlexibleRunner'`, mmengine's way to FSDP and DeepSpeed: each process would clip its "
+            "error: `runner_type = 'FlexibleRunner'` (FSDP, DeepSpeed): each process would clip its "
             'own part of the gradients, and --resume would not work. Take the line out. --amp, `model.encoder.num_cp` '
             'and `model.backbone.with_cp` save memory.'
         )

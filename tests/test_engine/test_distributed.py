@@ -166,28 +166,45 @@ def test_flexible_runner_is_refused(data: Path, tmp_path: Path) -> None:
         assert '\n' not in str(error.value)
 
 
-@pytest.mark.slow
-def test_two_machines_train_as_one(data: Path, tmp_path: Path) -> None:
-    """The machines share a file system, or have a work directory each, of which the first one's is written."""
-    config = write_config(tmp_path / 'config.py', data, [])
+#: How a process is started on each of two machines; the variables are those that clusters set.
+STARTS: dict[str, Callable[[str, str], tuple[list[str], dict[str, str]]]] = {
+    'torchrun': lambda rank, port: (
+        ['tools/dist_train.sh', '{config}', '1'],
+        dict(NNODES='2', NODE_RANK=rank, PORT=port, PYTHON=sys.executable),
+    ),
+    'variables': lambda rank, port: (
+        [sys.executable, 'tools/train.py', '{config}', '--launcher', 'pytorch'],
+        dict(WORLD_SIZE='2', RANK=rank, LOCAL_RANK='0', MASTER_PORT=port),
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def one_machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict]:
+    """Config and options of a training, and the weights that two processes of one machine come to."""
+    folder = tmp_path_factory.mktemp('one')
+    config = write_config(folder / 'config.py', make_digits(folder / 'data', num_train=9, num_val=1), [])
     settings = options(TINY | SMALLER | {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 100})
-    command = ('tools/dist_train.sh', config, '2', '--work-dir', tmp_path / 'one', *settings)
+    command = ('tools/dist_train.sh', config, '2', '--work-dir', folder, *settings)
     run(*command, PORT=str(free_port()), **ENV)
-    machines = []
-    port = str(free_port())
-    for rank in range(2):
-        command = ('tools/dist_train.sh', config, '1', '--work-dir', tmp_path / f'machine{rank}', *settings)
-        env = dict(NNODES='2', NODE_RANK=str(rank), MASTER_ADDR='127.0.0.1', PORT=port, PYTHON=sys.executable, **ENV)
+    return config, settings, torch.load(folder / 'iter_4.pth', weights_only=True)['state_dict']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('start', STARTS)
+def test_two_machines_train_as_one(start: str, one_machine: tuple, tmp_path: Path) -> None:
+    """With a work directory each, of which the first one's has the checkpoints."""
+    config, settings, weights = one_machine
+    port, machines = str(free_port()), []
+    for rank in ('0', '1'):
+        command, variables = STARTS[start](rank, port)
+        env = os.environ | dict(MASTER_ADDR='127.0.0.1', **ENV) | variables
+        command = [part.format(config=config) for part in command] + ['--work-dir', str(tmp_path / rank), *settings]
         with (tmp_path / f'{rank}.txt').open('w') as log:
-            machine = subprocess.Popen(
-                [str(part) for part in command], cwd=ROOT, env=os.environ | env, stdout=log, stderr=subprocess.STDOUT
-            )
-        machines.append(machine)
+            machines.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
     for rank, machine in enumerate(machines):
         assert machine.wait(timeout=200) == 0, (tmp_path / f'{rank}.txt').read_text()[-3000:]
-    one, two = (
-        torch.load(tmp_path / name / 'iter_4.pth', weights_only=True)['state_dict'] for name in ('one', 'machine0')
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=name)
-    assert not list((tmp_path / 'machine1').glob('*.pth'))
+    found = torch.load(tmp_path / '0' / 'iter_4.pth', weights_only=True)['state_dict']
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert not list((tmp_path / '1').glob('*.pth'))
