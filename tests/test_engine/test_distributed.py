@@ -153,6 +153,7 @@ def test_a_process_that_dies_ends_all_and_is_named(kind: str, cause: str, data: 
     done = run(*command, status=1, PORT=str(free_port()), **ENV)
     ended = time.time()
     struck = max((tmp_path / 'work').glob('*/vis_data/scalars.json')).stat().st_mtime  # the iteration before
+    print(f'all processes have ended after {ended - struck:.1f} s')
     assert ended - struck < 30
     root = done.stderr.partition('Root Cause (first observed failure):')[2]
     assert re.search(rf'rank      : 1 .*{cause}', root, re.DOTALL), done.stderr[-5000:]
