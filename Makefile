@@ -16,12 +16,14 @@ PYTHON ?= $(shell \
 	echo python3)
 
 TESTS ?= -m "not slow"
+# Most tests keep one core busy: two processes take the files in turns.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 # What differs between the kinds of MMDetection: imports, the demo, mmdet's own tools, R50's and a DCNv3's equality.
 SHORT = tests/test_demo.py tests/test_packaging.py tests/test_parity/test_zoo.py tests/test_parity/test_training.py \
 	-k "fails_in_one_line or another_project or (test_zoo and r50_4scale) or (test_zoo and internimage_t) or test_post_processing"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-build test-forks short-build short-forks test-wheel lint clean
+.PHONY: help setup demo test test-slow test-build test-forks short-build short-forks test-wheel lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,10 +35,10 @@ demo: setup ## train a small DINO on handwritten digits, evaluate it, draw its d
 	$(VENV)/bin/python tools/demo.py
 
 test: setup ## run the tests but for the slow ones
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-slow: setup ## run the tests of large models
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-build: ## run the tests with mmcv's compiled operators, in an environment of its own
 	@$(MAKE) test VENV=$(VENV)-build MMCV=build
@@ -70,6 +72,13 @@ lint: setup ## check style and types
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy dino_mm
 
+DOCS_ENV = $(VENV)-docs
+
+docs: ## build the documentation into site/, links checked, in an environment of its own
+	@test -x $(DOCS_ENV)/bin/mkdocs || $(PYTHON) -m venv --clear $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip -q --disable-pip-version-check install -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict
+
 clean: ## remove build products and caches, but not the environments
-	rm -rf build dist *.egg-info .*_cache .hypothesis
+	rm -rf build dist site *.egg-info .*_cache .hypothesis
 	find configs dino_mm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .schedules import set_length
-from .standin import SETTINGS
+from .shipped import SETTINGS
 
 if TYPE_CHECKING:
     from mmengine.config import Config

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 PACKAGE = Path(__file__).resolve().parent
 #: Folder of what configs are made of, which have no short names.
 PARTS = '_base_'
+#: Keys of our configs that reach many places, see :mod:`dino_mm.settings`.
+SETTINGS = ('image_size', 'batch_size', 'epochs', 'max_iters', 'val_interval')
 
 
 class UnknownConfigError(FileNotFoundError):

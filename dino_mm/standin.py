@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 MODULE = 'mmcv._ext'
 CONFIGS = 'mmengine.config.config'
 PREFIX = 'dino_mm::'
-#: Of :mod:`dino_mm.settings`.
-SETTINGS = ('image_size', 'batch_size', 'epochs', 'max_iters', 'val_interval')
 WAY_OUT = (
     '`make setup MMCV=build` in a checkout of dino_mm compiles them; elsewhere: '
     '`pip uninstall -y mmcv-lite`, then `pip install --no-build-isolation mmcv==2.1.0` with a C++ compiler.'
@@ -172,10 +170,11 @@ def teach_settings(module: types.ModuleType) -> None:
 
     def fromfile(*args: object, **kwargs: object) -> object:
         config = read(*args, **kwargs)
-        if all(name in config for name in SETTINGS) and any(config[name] is not None for name in SETTINGS):
-            from dino_mm.settings import apply_settings
+        if 'image_size' in config and 'val_interval' in config:  # most likely one of ours, which takes a closer look
+            from dino_mm.settings import apply_settings, has_settings
 
-            apply_settings(config)
+            if has_settings(config):
+                apply_settings(config)
         return config
 
     fromfile.__wrapped__, fromfile.__doc__ = read, read.__doc__  # type: ignore[attr-defined]

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Sequence
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+#: Of torch; processes of tests that run side by side (pytest-xdist) have one each.
+THREADS = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2
+os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import dino_mm
 from dino_mm.models import DINO
 from dino_mm.registry import MODELS
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
