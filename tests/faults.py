@@ -48,6 +48,9 @@ class FaultHook(Hook):
         else:
             getattr(self, self.kind)(model, batch)
 
+    def exception(self, model: DINO, batch: dict) -> None:
+        raise RuntimeError('this process has met its fault')
+
     def nan_gradient(self, model: DINO, batch: dict) -> None:
         once(model.level_embed.register_hook, lambda gradient: gradient * torch.nan)
 

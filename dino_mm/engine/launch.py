@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.checkpoints.files import register_safe_loaders
@@ -78,12 +79,19 @@ def build_runner(config: Config) -> Runner:
     mmengine's hooks of checkpoints and logs become ours, which take the same arguments.
 
     Without :class:`LoadCheckpointHook`, mmengine runs the config inside a checkpoint. mmengine's own ``compile`` is
-    refused: it is for training steps as wholes, whose assignments the host solves.
+    refused: it is for training steps as wholes, whose assignments the host solves. So is its ``FlexibleRunner``, which
+    neither clips gradients nor writes and resumes checkpoints as our hooks need it.
     """
     if config.get('compile'):
         raise SystemExit(
             "error: `compile` of the config would compile a training step as one, which DINO's matching breaks into "
             "pieces. Use --compile, or `default_hooks = dict(compile=dict(type='dino_mm.CompileHook'))`."
+        )
+    if str(config.get('runner_type')).rpartition('.')[2] == 'FlexibleRunner':
+        raise SystemExit(
+            "error: `runner_type = 'FlexibleRunner'` (FSDP, DeepSpeed): each process would clip its "
+            'own part of the gradients, and --resume would not work. Take the line out. --amp, `model.encoder.num_cp` '
+            'and `model.backbone.with_cp` save memory.'
         )
     _require_outputs(config)
     _write_safely(config)
@@ -134,11 +142,15 @@ def ends_cleanly() -> Iterator[None]:
 
     It can not where checkpoint, data or disk do not fit, or where numbers are not finite.
 
+    torchrun gets each error with its file and line. It reports the process that failed first, not those whose
+    connections this broke.
+
     A thread of gloo drops the tensors of what was last sent some time after it was sent. If Python is ending by then,
     the thread cannot take the interpreter's lock, and the process aborts: its threads are joined before.
     """
     try:
-        yield
+        with _launcher_is_told():
+            yield
     except (AnnotationError, CheckpointError, FolderInUseError, FloatingPointError) as error:
         raise SystemExit(f'error: {error}') from None
     except OSError as error:
@@ -152,6 +164,16 @@ def ends_cleanly() -> Iterator[None]:
         _leave_together()
         raise
     _leave_together()
+
+
+@contextmanager
+def _launcher_is_told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # the first error counts
+            get_error_handler().record_exception(error)  # does nothing where torchrun has not started the process
+        raise
 
 
 def _leave_together() -> None:

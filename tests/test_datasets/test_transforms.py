@@ -1,16 +1,20 @@
 """Resizing equals detectron2's and Pillow's; the training pipeline gives what the head needs."""
 
+import copy
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import build_detector, tiny_model_cfg
 from hypothesis import given
 from hypothesis import strategies as st
 from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import TRANSFORMS, init_default_scope
 from PIL import Image
 
@@ -76,6 +80,36 @@ def test_extreme_images_keep_a_pixel(shape: tuple[int, int], backend: str) -> No
     assert result['img'].shape == (*result['img_shape'], 3)
     assert sorted(result['img_shape']) == [1, 1333]
     np.testing.assert_allclose(result['gt_bboxes'], [[0, 0, *result['img_shape'][::-1]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(1, 3000), (3000, 1), (1, 1)])
+def test_extreme_images_are_trained_on_and_predicted(shape: tuple[int, int], tmp_path: Path) -> None:
+    """By the recipe of COCO, with its crops, beside an image as others are."""
+    height, width = shape
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(dino_mm.cfg('dino-resnet/dino_r50_4scale_12ep.py'))
+    samples = []
+    for number, (rows, columns) in enumerate([shape, (60, 80)]):
+        path = tmp_path / f'{number}.png'
+        Image.fromarray(np.full((rows, columns, 3), 99, np.uint8)).save(path)
+        box = dict(bbox=[0, 0, columns, rows], bbox_label=1, ignore_flag=0)
+        samples.append(dict(img_path=str(path), img_id=number, instances=[box]))
+    model = build_detector(tiny_model_cfg()).float()
+    pipeline, found = Compose(cfg.train_dataloader.dataset.pipeline), set()
+    for seed in range(6):
+        random.seed(seed)
+        np.random.seed(seed)
+        found.add(min(pipeline(copy.deepcopy(samples[0]))['inputs'].shape[1:]))
+    assert (min(found) == 1) == (max(shape) > 1)  # the branch without a crop is among them
+    batch = pseudo_collate([pipeline(copy.deepcopy(sample)) for sample in samples])
+    losses = model(**model.data_preprocessor(batch, True), mode='loss')
+    sum(losses.values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    with torch.no_grad():
+        batch = pseudo_collate([Compose(cfg.test_dataloader.dataset.pipeline)(sample) for sample in samples])
+        boxes = model.eval().test_step(batch)[0].pred_instances.bboxes
+    assert boxes.shape == (10, 4)
+    assert ((boxes >= 0) & (boxes <= torch.tensor([width, height] * 2))).all()
 
 
 @pytest.mark.parametrize('interpolation', ['nearest', 'bilinear', 'bicubic', 'lanczos'])
