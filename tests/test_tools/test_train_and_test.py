@@ -141,18 +141,18 @@ def test_pictures_that_can_not_be_written_end_the_test_before_it_starts(tmp_path
 def test_a_test_without_a_result_ends_with_one_line(
     trained: Path, data: Path, tmp_path: Path, only_written: bool
 ) -> None:
-    """A model of NaN detects nothing; what is only to be written down needs no result."""
+    """A model whose numbers overflow detects nothing; what is only to be written down needs no result."""
     state = torch.load(trained / 'iter_2.pth', weights_only=True)['state_dict']
-    torch.save({name: tensor * torch.nan if 'decoder' in name else tensor for name, tensor in state.items()},
-               tmp_path / 'nan.pth')  # fmt: skip
-    command = ('tools/test.py', CONFIG, tmp_path / 'nan.pth', '--work-dir', tmp_path / 'work')
+    torch.save({name: tensor * 1e30 if 'decoder' in name else tensor for name, tensor in state.items()},
+               tmp_path / 'large.pth')  # fmt: skip
+    command = ('tools/test.py', CONFIG, tmp_path / 'large.pth', '--work-dir', tmp_path / 'work')
     settings = TINY | data_options(data)
     if only_written:
         settings |= {'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': tmp_path / 'results'}
         python(*command, *options(settings))
         return
     done = python(*command, *options(settings), status=1)
-    assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path}/nan.pth: the test has no result')
+    assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path}/large.pth: the test has no result')
     assert 'Traceback' not in done.stderr
 
 
