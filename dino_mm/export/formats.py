@@ -39,7 +39,8 @@ class Plan(NamedTuple):
         """What the file has in place of deformable sampling."""
         if self.tensorrt_plugin:
             return by_operator
-        return by_pytorch if self.gridsample else by_gathers
+        # AOTInductor takes `grid_sample` apart; with dynamic sizes its code for it then keeps g++ busy for half an hour.
+        return by_pytorch if self.gridsample and self.format != 'aoti' else by_gathers
 
 
 class Format(NamedTuple):
