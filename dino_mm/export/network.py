@@ -38,7 +38,7 @@ class ExportNetwork(nn.Module):
         head = self.model.bbox_head
         batch_shape = (images.shape[2], images.shape[3])
         states = self.model.forward_transformer(self.model.extract_feat(images), ImageSizes(sizes, batch_shape))
-        logits, boxes = head.predict_layers([self.model.decoder.num_layers - 1], **states)
+        logits, boxes = head(**states, layers=[self.model.decoder.num_layers - 1])
         scores, labels, boxes = head.best_pairs(logits[0], boxes[0])
         limits = sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
         boxes = (corners(boxes) * limits).clamp(min=0).minimum(limits)

@@ -1,6 +1,7 @@
 """The detector: parts can be exchanged, gradients reach everything, bad configs and inputs are named."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import make_samples, tiny_model_cfg
 from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_mm.models import DINO
@@ -108,6 +110,34 @@ def test_predictions_are_mmdets(tiny_cfg: Config) -> None:
         torch.testing.assert_close(rescaled.scores, layer_scores.sigmoid().flatten().topk(10).values)
         torch.testing.assert_close(rescaled.bboxes, plain.bboxes * 2)
         assert set(rescaled.labels.tolist()) <= set(range(5))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('mode', ['loss', 'predict'])
+def test_hooks_of_every_module_are_called_and_change_nothing(mode: str, dtype: torch.dtype, tiny_cfg: Config) -> None:
+    model = build(tiny_cfg).train(mode == 'loss')
+    batch = make_samples((2, 1), sizes=((96, 128), (70, 100)))
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
+            output = model(*batch, mode=mode)
+        return list(output.values()) if mode == 'loss' else [sample.pred_instances.scores for sample in output]
+
+    expected = run()
+    called = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: called.add(name))
+    found = run()
+    own = {name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    # Multi-head attention takes the weights of its last product without calling it; learnt queries are a table.
+    own = {name for name in own if not name.endswith(('attn.out_proj', 'query_embedding'))}
+    if mode == 'predict':
+        heads = re.compile(r'bbox_head\.cls_branches\.0|denoising\.')  # for losses alone
+        own = {name for name in own if not heads.match(name)}
+    assert sorted(own - called) == []
+    assert {'bbox_head', 'encoder.layers.0.self_attn', 'decoder.layers.0.self_attn.attn'} <= called
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
 
 
 def test_loss_is_the_same_in_eval_mode_without_noise(tiny_cfg: Config) -> None:

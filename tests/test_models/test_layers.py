@@ -184,3 +184,8 @@ def test_self_attention_equals_the_formula(num_dn):
     mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(1, 5, 8)
     expected = query + attention.attn.out_proj(mixed)
     torch.testing.assert_close(attention(query, query_pos, visible), expected)
+
+    seen = []
+    attention.attn.register_forward_hook(lambda attn, args, output: seen.append(output[1]))
+    torch.testing.assert_close(attention(query, query_pos, visible), expected)
+    torch.testing.assert_close(seen, [scores.softmax(-1).mean(0, keepdim=True)])

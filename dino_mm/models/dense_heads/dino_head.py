@@ -89,25 +89,24 @@ class DINOHead(BaseModule):
             nn.init.constant_(cls_branch.get_parameter('bias'), bias_init_with_prob(0.01))
             constant_init(reg_branch.get_submodule('4'), 0.0, bias=0.0)
 
-    def forward(self, hidden_states: Tensor, references: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Predict from every layer.
+    def forward(
+        self, hidden_states: Tensor, references: list[Tensor], layers: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predict, in float32 or wider also under autocast, so that losses and costs are.
 
         Args:
             hidden_states: (num_layers, bs, num_queries, dim).
             references: At least num_layers boxes (bs, num_queries, 4), cxcywh in [0, 1]; each layer refines its own.
+            layers: Indices of those that predict; None: all.
 
         Returns:
             Logits (num_layers, bs, num_queries, num_classes) and boxes (num_layers, bs, num_queries, 4), cxcywh in
             [0, 1] of the image without padding.
         """
-        return self.predict_layers(range(len(hidden_states)), hidden_states, references)
-
-    def predict_layers(
-        self, layers: Sequence[int], hidden_states: Tensor, references: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, of some layers; float32 or wider, so that losses and costs are, under autocast too."""
         states = as_autocast(hidden_states)
-        if len(layers) < len(states):
+        if layers is None:
+            layers = range(len(states))
+        else:
             states = torch.stack([states[i] for i in layers])
         scores = run_branches([self.cls_branches[i] for i in layers], states)
         deltas = run_branches([self.reg_branches[i] for i in layers], states)
@@ -163,7 +162,7 @@ class DINOHead(BaseModule):
         rescale: bool = True,
     ) -> InstanceList:
         """Detections of each image, from the last decoder layer. See :meth:`predict_by_feat`."""
-        scores, boxes = self.predict_layers([len(hidden_states) - 1], hidden_states, references)
+        scores, boxes = self(hidden_states, references, [len(hidden_states) - 1])
         img_metas = [sample.metainfo for sample in batch_data_samples]
         return self.predict_by_feat(scores, boxes, img_metas, rescale)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
+from ...ops.branches import has_hooks
 from ...ops.deformable_sampling import sample_levels
 from ...ops.half_weights import as_autocast
 from ..structures import FeatureLevels
@@ -15,7 +16,7 @@ class SelfAttention(nn.Module):
 
     Runs on ``scaled_dot_product_attention``: attention weights are never kept. Denoising queries, which come first and
     which no other query sees, attend by themselves: so the mask is theirs alone, and all others need none, with which
-    the fastest kernels run. The parameters are those of ``nn.MultiheadAttention``.
+    the fastest kernels run. The parameters are those of ``nn.MultiheadAttention``, which runs itself where it has hooks.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -32,6 +33,8 @@ class SelfAttention(nn.Module):
             visible: (num_dn, num_queries) bool, the queries that each denoising query, of the first ones, attends to.
                 None: there are no denoising queries.
         """
+        if has_hooks(self.attn):
+            return query + self.dropout(self._attend_in_the_open(query, query_pos, visible))
         width = query.shape[-1]
         weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
         located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
@@ -40,6 +43,17 @@ class SelfAttention(nn.Module):
         )
         output = self._attend(q, k, v) if visible is None else self._attend_apart(q, k, v, visible)
         return query + self.dropout(self.attn.out_proj(output.transpose(1, 2).flatten(2)))
+
+    def _attend_in_the_open(self, query: Tensor, query_pos: Tensor, visible: Tensor | None) -> Tensor:
+        """The same by ``nn.MultiheadAttention`` itself, whose hooks get the attention weights as its second output."""
+        hidden = None
+        if visible is not None:
+            num_dn, num_queries = visible.shape
+            hidden = visible.new_zeros(num_queries, num_queries)
+            hidden[:num_dn] = ~visible
+            hidden[num_dn:, :num_dn] = True
+        located = query + query_pos
+        return self.attn(located, located, query, attn_mask=hidden)[0]
 
     def _attend_apart(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Denoising queries to what they see, the others to one another; all (bs, num_heads, num_queries, ...)."""
