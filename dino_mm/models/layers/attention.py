@@ -16,7 +16,7 @@ class SelfAttention(nn.Module):
 
     Runs on ``scaled_dot_product_attention``: attention weights are never kept. Denoising queries, which come first and
     which no other query sees, attend by themselves: so the mask is theirs alone, and all others need none, with which
-    the fastest kernels run. The parameters are those of ``nn.MultiheadAttention``, which runs itself where it has hooks.
+    the fastest kernels run. The parameters are those of an ``nn.MultiheadAttention``. It runs itself if it has hooks.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.0) -> None:
