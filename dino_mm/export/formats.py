@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         """What the file has in place of deformable sampling."""
         if self.tensorrt_plugin:
             return by_operator
-        # AOTInductor takes `grid_sample` apart; with dynamic sizes its code for it then keeps g++ busy for half an hour.
+        # AOTInductor takes `grid_sample` apart; with dynamic sizes its code then keeps g++ busy for half an hour.
         return by_pytorch if self.gridsample and self.format != 'aoti' else by_gathers
 
 
