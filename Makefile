@@ -52,17 +52,19 @@ short-build short-forks: short-%: ## run the few of them that tell these kinds o
 WHEEL_ENV = $(VENV)-wheel
 WHEEL_PIP = $(WHEEL_ENV)/bin/python -m pip -q --disable-pip-version-check
 # Not `python -m pytest`, which would import the checkout.
-WHEEL_TEST = $(WHEEL_ENV)/bin/pytest -p no:cacheprovider tests/test_packaging.py -k "another_project or standin_is_there"
+WHEEL_PYTEST = $(WHEEL_ENV)/bin/pytest -p no:cacheprovider
+WHEEL_TEST = $(WHEEL_PYTEST) tests/test_packaging.py -k "another_project or standin_is_there"
 
-test-wheel: setup ## another project runs with nothing but a wheel, beside numpy 1, numpy 2 and the forks; before a release
+test-wheel: setup ## projects run with nothing but a wheel, beside numpy 1, numpy 2 and the forks; before a release
 	rm -rf build dist
 	$(VENV)/bin/python -m build --wheel .
 	$(PYTHON) -m venv --clear $(WHEEL_ENV)
 	echo '*' > $(WHEEL_ENV)/.gitignore
 	$(WHEEL_PIP) install torch torchvision pytest pytest-timeout "numpy<2" "$$(echo dist/*.whl)[cpu,demo]"
 	$(WHEEL_TEST)
-	$(WHEEL_PIP) install --upgrade "numpy>=2" opencv-python
+	$(WHEEL_PIP) install --upgrade "numpy>=2" opencv-python "$$(echo dist/*.whl)[export,own-data]"
 	$(WHEEL_TEST)
+	$(WHEEL_PYTEST) tests/test_tools/test_new.py
 	$(WHEEL_PIP) uninstall -y mmcv-lite mmdet mmengine
 	MMCV_WITH_OPS=0 $(WHEEL_PIP) install onedl-mmcv onedl-mmdetection onedl-mmengine
 	$(WHEEL_TEST)

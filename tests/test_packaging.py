@@ -3,9 +3,11 @@
 import functools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -131,47 +133,29 @@ def test_wheel_brings_the_command(installed: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope='module')
 def mim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with mim and what it imports, to be put on PYTHONPATH; its own requirements would change setuptools."""
-    target = tmp_path_factory.mktemp('mim')
-    install = [
-        sys.executable,
-        '-m',
-        'pip',
-        'install',
-        '--quiet',
-        '--no-deps',
-        '--target',
-        str(target),
-        'openmim==0.3.9',
-    ]
-    install += ['setuptools<82', 'model-index', 'ordered-set', 'markdown', 'click', 'colorama', 'rich', 'tabulate']
-    install += [
-        'pandas<3',
-        'pytz',
-        'python-dateutil',
-        'six',
-        'requests',
-        'urllib3',
-        'idna',
-        'certifi',
-        'charset-normalizer',
-    ]
-    done = subprocess.run(install, capture_output=True, text=True)
+    """The console script, of an environment in front of this one that the command of the API page has made."""
+    (command,) = re.findall(r'^pip (install openmim .*)$', (ROOT / 'docs/api.md').read_text(), re.MULTILINE)
+    folder = tmp_path_factory.mktemp('mim')
+    python('-m', 'venv', folder)
+    own = folder / 'bin' / 'python'
+    done = subprocess.run([own, '-m', 'pip', '--quiet', *shlex.split(command)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f'openmim cannot be installed here: {done.stderr[-300:]}')
-    return target
+    site = run(own, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    (Path(site) / 'behind.pth').write_text(f'import site; site.addsitedir({sysconfig.get_path("purelib")!r})\n')
+    return folder / 'bin' / 'mim'
 
 
 @pytest.mark.slow
 def test_mim_finds_trains_and_tests_our_models(wheel: Path, mim: Path, tmp_path: Path) -> None:
-    """By the name of the distribution; it does not look for the module's."""
+    """By the name of the distribution, however it is written; it does not look for the module's."""
     site = tmp_path / 'site'
     python('-m', 'pip', 'install', '--no-deps', '--quiet', '--target', site, wheel)
     served = tmp_path / 'served'
     served.mkdir()
     (served / 'dino_r50_4scale_12ep_49_2AP.pth').write_text('weights')
-    env = dict(cwd=tmp_path, PYTHONPATH=f'{mim}:{site}', HOME=str(tmp_path), NO_PROXY='*')
-    done = python('-m', 'mim', 'search', 'mmdet-dino', '--config', 'dino_r50_4scale_12ep', **env)
+    env = dict(cwd=tmp_path, PYTHONPATH=str(site), HOME=str(tmp_path), NO_PROXY='*')
+    done = run(mim, 'search', 'mmdet-dino', '--config', 'dino_r50_4scale_12ep', **env)
     assert ['coco/box_ap', '49.2'] in [line.split() for line in done.stdout.splitlines()]
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(served))
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
@@ -179,18 +163,19 @@ def test_mim_finds_trains_and_tests_our_models(wheel: Path, mim: Path, tmp_path:
         metafile = site / 'dino_mm/.mim/configs/dino-resnet/metafile.yml'
         address = f'http://127.0.0.1:{server.server_port}/'
         metafile.write_text(re.sub(r'https://github\S+/(?=dino_r50_4scale_12ep_49)', address, metafile.read_text()))
-        names = ('--config', 'dino_r50_4scale_12ep', '--dest', 'loaded')
-        python('-m', 'mim', 'download', 'mmdet-dino', *names, **env)
+        run(mim, 'download', 'mmdet_dino', '--config', 'dino_r50_4scale_12ep', '--dest', 'loaded', **env)
         server.shutdown()
     assert (tmp_path / 'loaded/dino_r50_4scale_12ep_49_2AP.pth').read_text() == 'weights'
     assert (tmp_path / 'loaded/dino_r50_4scale_12ep.py').is_file()
     make_digits(tmp_path / 'data/digits', num_train=4, num_val=2)
     quick = ('--gpus', '0', *options(TINY | {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2}))
-    python('-m', 'mim', 'train', 'mmdet-dino', 'dino_digits.py', '--work-dir', 'runs', *quick, **env)
-    done = python('-m', 'mim', 'test', 'mmdet-dino', 'dino_digits.py', '--checkpoint', 'runs/iter_2.pth', *quick, **env)
+    run(mim, 'train', 'mmdet-dino', 'dino_digits.py', '--work-dir', 'runs', *quick, **env)
+    done = run(mim, 'test', 'mmdet_dino', 'dino_digits.py', '--checkpoint', 'runs/iter_2.pth', *quick, **env)
     assert 'coco/bbox_mAP:' in done.stdout + done.stderr
-    done = python('-m', 'mim', 'train', 'dino_mm', 'dino_digits.py', *quick, status=1, **env)
+    done = run(mim, 'train', 'dino_mm', 'dino_digits.py', *quick, status=1, **env)
     assert "Can't determine a unique package given abbreviation dino_mm" in done.stderr
+    done = run(mim, 'search', 'dino_mm', '--config', 'dino_r50_4scale_12ep', status=1, **env)
+    assert 'dino_mm is not installed' in done.stderr
 
 
 @pytest.mark.slow

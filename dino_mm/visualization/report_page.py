@@ -34,8 +34,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2em; border-bottom: 1px solid #ddd; padding-bottom: .2em }
 p { max-width: 75ch } .files { color: #666; margin-top: .3em; overflow-wrap: anywhere }
 img { max-width: 100%; height: auto }
-.tiles { display: flex; flex-wrap: wrap; gap: .8em; margin: 1.2em 0 }
-.tile { border: 1px solid #ddd; border-radius: 6px; padding: .5em .9em; min-width: 6.5em }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.8em, 1fr)); gap: .8em; margin: 1.2em 0 }
+.tile { border: 1px solid #ddd; border-radius: 6px; padding: .5em .9em }
 .tile b { display: block; font-size: 1.5em } .tile small { color: #666 }
 .todo { border-left: 4px solid #1f77b4; padding-left: .8em }
 table { border-collapse: collapse; margin: 1em 0 }
@@ -44,9 +44,13 @@ th:first-child, td:first-child, td.text, th.text { text-align: left } th.text { 
 .definitions th.text { min-width: 17em }
 td.bar { background: linear-gradient(90deg, #cfe3f3 var(--share), transparent var(--share)); min-width: 5.5em }
 .scroll { overflow-x: auto }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 1em }
 figure { margin: 0 } figcaption { color: #444; font-size: .87em; overflow-wrap: anywhere }
 .true { color: #1b9a4b } .detected { color: #d97706 }
+@media (max-width: 700px) {
+  .scroll img { width: 640px; max-width: none }
+  th, td { padding: .25em .4em } .definitions th.text { min-width: 11em } td.bar { min-width: 3.5em }
+}
 """
 
 #: What to do about the error that costs the most.
@@ -131,7 +135,7 @@ def _page(analysis: Analysis, plots: dict[str, bytes]) -> Iterable[str]:
     yield from _confusion(analysis, plots['confusion.png'])
     yield from _calibration(analysis, plots['calibration.png'])
     if 'learning_curve.png' in plots:
-        yield '<h2>Training</h2>' + _image(plots['learning_curve.png'], 'learning curve')
+        yield '<h2>Training</h2>' + _plot(plots['learning_curve.png'], 'learning curve')
         yield _text(
             'Losses should fall and AP should rise.',
             'If AP still rises at the end, train longer. If it falls while the losses fall, the model learns the '
@@ -158,7 +162,7 @@ def _head(analysis: Analysis, title: str) -> Iterable[str]:
 def _errors(analysis: Analysis, plot: bytes) -> Iterable[str]:
     costs = analysis.costs
     worst = max(costs, key=lambda kind: costs[kind])
-    yield '<h2>Which errors cost the most</h2>' + _image(plot, 'cost of each kind of error')
+    yield '<h2>Which errors cost the most</h2>' + _plot(plot, 'cost of each kind of error')
     if costs[worst] > 0:
         advice = f'Most AP is lost to the error &#8220;{ERRORS[worst][0]}&#8221;. {ADVICE[worst]}'
     else:
@@ -178,7 +182,7 @@ def _errors(analysis: Analysis, plot: bytes) -> Iterable[str]:
 
 
 def _curves(analysis: Analysis, plot: bytes) -> Iterable[str]:
-    yield '<h2>Precision and recall</h2>' + _image(plot, 'precision over recall')
+    yield '<h2>Precision and recall</h2>' + _plot(plot, 'precision over recall')
     yield _text(
         'A curve shows the precision that is left as the lowest score falls and recall rises; the red dot is the score '
         'of the highest F1.',
@@ -210,7 +214,7 @@ def _by_ap(result: ClassResult) -> tuple[bool, float]:
 
 def _confusion(analysis: Analysis, plot: bytes) -> Iterable[str]:
     shown = len(confused_classes(analysis.confusion))
-    yield '<h2>Which classes are mixed up</h2>' + _image(plot, 'confusion matrix')
+    yield '<h2>Which classes are mixed up</h2>' + _plot(plot, 'confusion matrix')
     part = '' if shown == len(analysis.classes) else f' The {shown} classes with the most errors are shown.'
     yield _text(
         'A row tells as what the objects of a class were detected; the last column counts objects not found, the last '
@@ -232,7 +236,7 @@ def _confusion(analysis: Analysis, plot: bytes) -> Iterable[str]:
 
 def _calibration(analysis: Analysis, plot: bytes) -> Iterable[str]:
     result = analysis.calibration
-    yield '<h2>What a score is worth</h2>' + _image(plot, 'reliability diagram')
+    yield '<h2>What a score is worth</h2>' + _plot(plot, 'reliability diagram')
     if isnan(result.ece):
         advice = f'No detection has a score of {MIN_SCORE:g} or more: train longer.'
     elif abs(result.bias) < 0.02:
@@ -270,7 +274,12 @@ def _text(reading: str, doing: str) -> str:
     return f'<p>{reading}</p><p class="todo">{doing}</p>'
 
 
-def _image(content: bytes, text: str, kind: str = 'png') -> str:
+def _plot(content: bytes, text: str) -> str:
+    """On a phone it keeps a size at which its text can be read, and scrolls."""
+    return f'<div class="scroll">{_image(content, text, "png")}</div>'
+
+
+def _image(content: bytes, text: str, kind: str) -> str:
     return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
