@@ -189,7 +189,8 @@ def fresh_check() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ('kind', 'said'), [('silent', r'they give wrong numbers'), ('raise', r'CUDA error: no kernel image is available for .* device')]
+    ('kind', 'said'),
+    [('silent', r'they give wrong numbers'), ('raise', r'CUDA error: no kernel image is available for .* device')],
 )
 @pytest.mark.usefixtures('fresh_check')
 def test_kernels_of_another_gpu_end_the_program_in_one_line(
