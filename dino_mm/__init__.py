@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ParamGroupConstructor,
         PreemptionHook,
         ReportHook,
+        RuntimeInfoHook,
         SkipNotFiniteHook,
         compile_detector,
     )
@@ -89,6 +90,7 @@ __all__ = [
     'PureQuerySelector',
     'ReportHook',
     'ResizeShortestEdge',
+    'RuntimeInfoHook',
     'SetCriterion',
     'SimpleFeaturePyramid',
     'SkipNotFiniteHook',

@@ -6,18 +6,13 @@ MMDetection's, ours, ... Ratios are taken pair by pair. Counts do not depend on 
   python tools/benchmark.py                                     # training step and inference, R50
   python tools/benchmark.py --component                         # parts of a training step
   python tools/benchmark.py --sweep boxes=1,8,60,100 size=320x480,480x640,640x960 --picture growth.png
-  python tools/benchmark.py --data --step-seconds 0.25          # is the training pipeline fast enough?
   python tools/benchmark.py --memory dino-swin/dino_swin_tiny_224_4scale_12ep.py --gpu-memory 24  # how many images fit?
 """
 
 import argparse
 import dataclasses
 import json
-import math
-import os
-import random
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,22 +20,15 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-from unittest import mock
-
-import cv2
 
 import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
-import numpy as np
 import torch
-from mmcv.transforms import Compose
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
-from PIL import Image
+from mmengine.config import DictAction
 
 from dino_mm.benchmark import memory
-from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference, read_config
+from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
 from dino_mm.benchmark.machine import environment
 from dino_mm.benchmark.profiling import LABEL_CHECK, Worker
 
@@ -48,10 +36,6 @@ SIDES = ('ours', 'mmdet')
 #: Seconds before each timed run: OpenMP's threads of the other side still turn for a while after their last work.
 REST = 0.05
 DEFAULT_CONFIG = 'dino-resnet/dino_r50_4scale_12ep.py'
-#: Of configs that read the variable IMAGE_BACKEND, as all shipped ones do.
-IMAGE_BACKENDS = ('pillow', 'cv2')
-#: Images of one turn of ``--data``.
-IMAGES_A_TURN = 10
 
 
 def size(text: str) -> tuple[int, int]:
@@ -99,18 +83,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument('--component', nargs='*', choices=COMPONENTS, help='measure parts; all, if none is named')
-    mode.add_argument('--data', action='store_true', help='measure the training pipeline')
     mode.add_argument('--memory', metavar='CONFIG', help='estimate how large a batch of this config trains on a GPU')
     parser.add_argument('--gpu-memory', type=float, default=24, help='with --memory: of the GPU, GiB (%(default)s)')
     parser.add_argument(
         '--sweep', nargs='+', type=sweep, default=[], metavar='AXIS=A,B', help='repeat for other values'
     )
-    parser.add_argument('--step-seconds', type=float, help='with --data: time of a training step; else it is measured')
     parser.add_argument('--out', type=Path, help='JSON file to write')
     parser.add_argument('--picture', type=Path, help='PNG file to write')
     args = parser.parse_args()
-    if (args.data or args.memory) and (args.picture or args.sweep):
-        parser.error('--data and --memory have neither --picture nor --sweep')
+    if args.memory and (args.picture or args.sweep):
+        parser.error('--memory has neither --picture nor --sweep')
     args.config = args.memory or args.config
     args.size = args.size or ((800, 1333) if args.memory else (480, 640))
     return args
@@ -248,71 +230,6 @@ def table(result: dict[str, Any], repeats: int) -> str:
     return '\n'.join(lines)
 
 
-def make_images(folder: Path, setting: Setting) -> list[dict[str, Any]]:
-    """Write JPEG images with the detail of a photograph's, and say what a data set would say of them."""
-    rng = np.random.default_rng(setting.seed)
-    records = []
-    for index in range(IMAGES_A_TURN):
-        coarse = Image.fromarray(rng.integers(0, 256, (setting.height // 8, setting.width // 8, 3), dtype=np.uint8))
-        path = folder / f'{index}.jpg'
-        coarse.resize((setting.width, setting.height), Image.Resampling.BICUBIC).save(path, quality=90)
-        corners = rng.uniform(0, 0.6, (setting.boxes, 2))
-        boxes = np.concatenate([corners, corners + 0.3], 1) * ([setting.width, setting.height] * 2)
-        instances = [dict(bbox=box.tolist(), bbox_label=0, ignore_flag=0) for box in boxes]
-        records.append(
-            dict(img_path=str(path), img_id=index, height=setting.height, width=setting.width, instances=instances)
-        )
-    return records
-
-
-def measure_pipelines(configs: dict[str, Config], setting: Setting, repeats: int) -> dict[str, list[float]]:
-    """Images a second of each config's training pipeline in one process, in turns."""
-    init_default_scope('mmdet')
-    cv2.setNumThreads(0)  # as in training, where every process of the loader has one thread
-    pipelines = {name: Compose(config.train_dataloader.dataset.pipeline) for name, config in configs.items()}
-    rates: dict[str, list[float]] = {name: [] for name in configs}
-    with tempfile.TemporaryDirectory() as folder:
-        records = make_images(Path(folder), setting)
-        for turn in range(repeats + 1):
-            for name, pipeline in pipelines.items():
-                random.seed(turn)
-                np.random.seed(turn)  # the same sizes and crops for all
-                start = time.perf_counter()
-                for record in records:
-                    pipeline(dict(record))
-                if turn:  # the first turn warms up
-                    rates[name].append(len(records) / (time.perf_counter() - start))
-    return rates
-
-
-def measure_step(setting: Setting, repeats: int) -> float:
-    """Seconds of our training step."""
-    with closing(Worker(Side, 'ours', setting)) as worker:
-        worker('time', 'training-step')
-        return median(sum(worker('time', 'training-step').values()) for _ in range(repeats))
-
-
-def run_data(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """Measure the training pipeline, print whether it or the model is the limit."""
-    configs = {}
-    for backend in IMAGE_BACKENDS:
-        with mock.patch.dict(os.environ, IMAGE_BACKEND=backend):
-            configs[backend] = read_config(args.config, args.cfg_options)
-    rates = measure_pipelines(configs, setting, args.repeats)
-    step = args.step_seconds or measure_step(setting, args.repeats)
-    model_rate, processes = setting.batch / step, max(1, configs['pillow'].train_dataloader.num_workers)
-    print(f'{args.config}: training pipeline on images of {setting.height}x{setting.width}, {setting.boxes} boxes each')
-    print(f'model: {model_rate:.1f} images a second, {setting.batch} in {step:.3f} s')
-    for backend, values in rates.items():
-        rate = median(values)
-        limit = 'the model' if rate * processes >= model_rate else 'the loader'
-        print(
-            f'{backend:<6}: {rate:.1f} images a second in one process ({min(values):.1f} - {max(values):.1f}); '
-            f"with the config's {processes}, the limit is {limit}; the model needs {math.ceil(model_rate / rate)}"
-        )
-    return dict(pipeline=rates, step_seconds=step, model=model_rate, processes=processes)
-
-
 def run_comparison(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
     """Measure and print every setting."""
     works = WHOLE if args.component is None else args.component or COMPONENTS
@@ -363,8 +280,6 @@ def main() -> None:
     try:
         if args.memory:
             found = dict(memory=run_memory(setting, int(args.gpu_memory * 2**30)))
-        elif args.data:
-            found = dict(data=run_data(args, setting))
         else:
             found = dict(results=run_comparison(args, setting))
     except (RuntimeError, FileNotFoundError) as error:

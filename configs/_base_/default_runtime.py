@@ -11,6 +11,8 @@ max_iters = None
 val_interval = None  # epochs or iterations from one validation to the next; each is followed by a checkpoint
 
 default_hooks = dict(
+    # The losses of an iteration are read from the GPU at once.
+    runtime_info=dict(type='dino_mm.RuntimeInfoHook'),
     timer=dict(type='IterTimerHook'),
     logger=dict(type='dino_mm.LoggerHook', interval=20, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),

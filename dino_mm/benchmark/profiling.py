@@ -100,7 +100,7 @@ class OperatorCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         self.calls[name] += 1
-        if name in WAITING_OPERATORS:
+        if name in WAITING_OPERATORS and not self._is_on_host(args[0]):
             self._note(LABEL_CHECK if self._inside == LABEL_CHECK else name)
         elif name in INDEXING_OPERATORS and _has_mask(args[1]):
             self._note(f'{name} with a mask')
@@ -179,6 +179,8 @@ class OperatorCounter(TorchDispatchMode):
         self._fetched = None
 
     def _is_on_host(self, tensor: Tensor) -> bool:
+        if self.device.type != 'cpu':
+            return tensor.is_cpu
         return tensor is self._fetched or tensor in self._made_by_host
 
     def _note_copy(self, result: Any, args: tuple, kwargs: dict) -> None:

@@ -10,6 +10,7 @@ from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .param_groups import ParamGroupConstructor
 from .preemption_hook import PreemptionHook
 from .report_hook import ReportHook
+from .runtime_info_hook import RuntimeInfoHook
 from .skip_not_finite_hook import SkipNotFiniteHook
 from .visualization_hook import DetVisualizationHook
 
@@ -26,6 +27,7 @@ __all__ = [
     'ParamGroupConstructor',
     'PreemptionHook',
     'ReportHook',
+    'RuntimeInfoHook',
     'SkipNotFiniteHook',
     'compile_detector',
 ]

@@ -28,8 +28,8 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
 
     Args:
         model: The detector.
-        cuda_graphs: For tests on a GPU: backbone, encoder and decoder are compiled as wholes, for each size of batches
-            anew, and replayed as CUDA graphs.
+        cuda_graphs: For tests on a GPU: backbone, neck, encoder, query selection and decoder are compiled as wholes,
+            for each size of batches anew, and replayed as CUDA graphs.
         options: Those of ``torch.compile``, such as ``backend``; ``dynamic`` is True but for ``cuda_graphs``.
 
     Raises:
@@ -42,7 +42,8 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     if cuda_graphs:
         options = dict(mode='reduce-overhead', dynamic=False) | options
-        parts = [model.backbone, model.encoder, model.decoder]
+        # Not the head is called but its branches, within the decoder: so their weights are the graph's to cast.
+        parts = [model.backbone, model.neck, model.encoder, model.query_selector, model.decoder, model.bbox_head]
         _begin_steps(model)
     else:
         options = dict(dynamic=True) | options

@@ -4,6 +4,7 @@ On a GPU it runs mmcv's compiled kernels, on a CPU the sparse product.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,10 +25,36 @@ def run_forward(value: Tensor, shape_tensor: Tensor, start_index: Tensor, locati
         return sparse_sampling.sample(value, locations, weights, host_shapes(shape_tensor))
     if not locations.shape[1]:  # CUDA starts no kernel for no query
         return like_output(value, shape_tensor, start_index, locations, weights)
+    check_kernels(value.device)
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     return ext_module.ms_deform_attn_forward(
         value, shape_tensor, start_index, locations, weights, im2col_step=IM2COL_STEP
     )
+
+
+@cache
+def check_kernels(device: torch.device) -> None:
+    """See once whether mmcv's kernels run on this GPU.
+
+    Kernels that were compiled for other GPUs only print so, and their output is 0 everywhere.
+
+    Raises:
+        RuntimeError: They do not run; names the way out.
+    """
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float32, device=device)  # the value of a map of one pixel
+    shape, first = torch.ones(1, 2, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    center = torch.full((1, 1, 1, 1, 1, 2), 0.5, dtype=torch.float32, device=device)
+    try:
+        output = ext_module.ms_deform_attn_forward(one, shape, first, center, one[None], im2col_step=IM2COL_STEP)
+        fault = None if output.item() == 1 else 'they give wrong numbers'
+    except RuntimeError as error:
+        fault = str(error).partition('\n')[0]
+    if fault:
+        raise RuntimeError(
+            f"mmcv's kernels for deformable attention do not run on {torch.cuda.get_device_name(device)} ({fault}): "
+            'they were compiled for other GPUs. Compile mmcv here (`make setup MMCV=build` in a checkout of dino_mm), '
+            'or set DINO_MM_DEFORMABLE=pytorch.'
+        )
 
 
 def run_backward(

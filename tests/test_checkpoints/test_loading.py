@@ -120,8 +120,8 @@ def test_norms_of_the_officials_decoder_follow_what_they_normalise(official_cfg:
     ours.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     with torch.no_grad():
         model(*make_samples([0]), mode='tensor')
-        (query, query_pos, memory, reference, levels, padding_mask, visible), output = calls[0]
-        assert visible is None
+        (query, query_pos, memory, reference, levels, padding_mask, mask), output = calls[0]
+        assert mask is None
         expected = theirs(query, query_pos, memory, reference, levels, padding_mask)
     torch.testing.assert_close(output, expected)
 

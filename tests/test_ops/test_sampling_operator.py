@@ -1,5 +1,6 @@
 """Deformable sampling as an operator of torch: what compilers rely on, and what mmcv's kernels are given."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dino_mm.models.structures import FeatureLevels
 from dino_mm.ops import sampling_operator
-from dino_mm.ops.deformable_sampling import sample_levels
+from dino_mm.ops.deformable_sampling import by_pytorch, sample_levels
 
 SHAPES = ((4, 5), (2, 3))
 CASES = {
@@ -140,6 +141,7 @@ def test_what_kernels_of_a_gpu_are_given(num_queries: int, monkeypatch: pytest.M
     """Contiguous tensors in the order of mmcv's interface, and nothing to do where there is no query."""
     kernels = Kernels()
     monkeypatch.setattr(sampling_operator, 'ext_module', kernels)
+    monkeypatch.setattr(sampling_operator, 'check_kernels', lambda device: None)
     levels = make_levels(*SHAPES)
     inputs = arguments(strided(make_inputs(levels, num_queries=num_queries)), levels)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -161,6 +163,53 @@ def test_what_kernels_of_a_gpu_are_given(num_queries: int, monkeypatch: pytest.M
         (_, backward) = kernels.calls
         assert backward[0][5].shape == grad.shape
         assert [id(x) for x in backward[0][6:]] == [id(x) for x in grads]
+
+
+class ProbedKernels:
+    """In place of mmcv's: those of another GPU, or ones that run."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.calls = kind, 0
+
+    def ms_deform_attn_forward(
+        self, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
+    ) -> Tensor:
+        self.calls += 1
+        if self.kind == 'raise':
+            raise RuntimeError('CUDA error: no kernel image is available for execution on the device\nCompile with ...')
+        output = by_pytorch(value, locations, weights, FeatureLevels(((1, 1),), shapes, starts, shapes, shapes))
+        return output if self.kind == 'run' else torch.zeros_like(output)
+
+
+@pytest.fixture
+def fresh_check() -> Iterator[None]:
+    sampling_operator.check_kernels.cache_clear()
+    yield
+    sampling_operator.check_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'said'),
+    [('silent', r'they give wrong numbers'), ('raise', r'CUDA error: no kernel image is available for .* device')],
+)
+@pytest.mark.usefixtures('fresh_check')
+def test_kernels_of_another_gpu_end_the_program_in_one_line(
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmcv's print an error and give zeros, with which a training would go on."""
+    monkeypatch.setattr(sampling_operator, 'ext_module', ProbedKernels(kind))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'GPU 9000')
+    with pytest.raises(RuntimeError, match=rf'^mmcv.s kernels .* GPU 9000 \({said}\).* DINO_MM_DEFORMABLE=pytorch\.$'):
+        sampling_operator.check_kernels(torch.device('cpu'))
+
+
+@pytest.mark.usefixtures('fresh_check')
+def test_kernels_that_run_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = ProbedKernels('run')
+    monkeypatch.setattr(sampling_operator, 'ext_module', kernels)
+    for _ in range(3):
+        sampling_operator.check_kernels(torch.device('cpu'))
+    assert kernels.calls == 1
 
 
 def test_old_torch_has_a_function_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

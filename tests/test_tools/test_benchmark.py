@@ -217,7 +217,7 @@ def test_ratios_are_taken_pair_by_pair(tool: ModuleType) -> None:
     [
         (['--sweep', 'colour=1'], 'is not `size=`'),
         (['--component', 'backbone'], 'invalid choice'),
-        (['--data', '--picture', 'a.png'], '--data and --memory have neither'),
+        (['--memory', 'a.py', '--picture', 'a.png'], '--memory has neither'),
     ],
 )
 def test_bad_arguments_are_named(tool: ModuleType, arguments, words, monkeypatch, capsys) -> None:
@@ -274,17 +274,3 @@ def test_components_growth_and_picture(tmp_path: Path) -> None:
     for result in (base, more):
         assert [m['name'] for m in result['measures'] if m['drawn']] == [part.replace('-', ' ') for part in parts]
     assert Image.open(picture).width == 1080
-
-
-def test_data_tells_the_limit(tool: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
-    out = tmp_path / 'report.json'
-    arguments = ('--data', '--size', '48x64', '--repeats', '1', '--out', str(out), '--step-seconds')
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments, '100'])
-    tool.main()
-    assert capsys.readouterr().out.count('the limit is the model; the model needs 1') == 2
-    found = json.loads(out.read_text())['data']
-    assert found['model'] == 0.02
-    assert set(found['pipeline']) == {'pillow', 'cv2'}
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments, '0.000001'])
-    tool.main()
-    assert capsys.readouterr().out.count('the limit is the loader') == 2

@@ -14,9 +14,8 @@ from ..structures import FeatureLevels
 class SelfAttention(nn.Module):
     """Multi-head self-attention with residual; positions are added to queries and keys, not to values.
 
-    Runs on ``scaled_dot_product_attention``: attention weights are never kept. Denoising queries, which come first and
-    which no other query sees, attend by themselves: so the mask is theirs alone, and all others need none, with which
-    the fastest kernels run. The parameters are those of an ``nn.MultiheadAttention``. It runs itself if it has hooks.
+    Runs on ``scaled_dot_product_attention``: attention weights are never kept. The parameters are those of an
+    ``nn.MultiheadAttention``. It runs itself where it has hooks, and hands them the attention weights.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -24,48 +23,38 @@ class SelfAttention(nn.Module):
         self.attn = nn.MultiheadAttention(embed_dims, num_heads, dropout, batch_first=True)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, query_pos: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, query_pos: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             query: (bs, num_queries, dim).
             query_pos: (bs, num_queries, dim).
-            visible: (num_dn, num_queries) bool, the queries that each denoising query, of the first ones, attends to.
-                None: there are no denoising queries.
+            mask: (num_queries, num_queries), added to the logits, see :func:`attention_mask`. None: each query attends
+                to all.
         """
         if has_hooks(self.attn):
-            return query + self.dropout(self._attend_in_the_open(query, query_pos, visible))
+            located = query + query_pos
+            return query + self.dropout(self.attn(located, located, query, attn_mask=mask)[0])
         width = query.shape[-1]
         weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
         located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
         q, k, v = (
             x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (*located.split(width, -1), content)
         )
-        output = self._attend(q, k, v) if visible is None else self._attend_apart(q, k, v, visible)
+        dropout = self.attn.dropout if self.training else 0.0
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return query + self.dropout(self.attn.out_proj(output.transpose(1, 2).flatten(2)))
 
-    def _attend_in_the_open(self, query: Tensor, query_pos: Tensor, visible: Tensor | None) -> Tensor:
-        """The same by ``nn.MultiheadAttention`` itself, whose hooks get the attention weights as its second output."""
-        hidden = None
-        if visible is not None:
-            num_dn, num_queries = visible.shape
-            hidden = visible.new_zeros(num_queries, num_queries)
-            hidden[:num_dn] = ~visible
-            hidden[num_dn:, :num_dn] = True
-        located = query + query_pos
-        return self.attn(located, located, query, attn_mask=hidden)[0]
 
-    def _attend_apart(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """Denoising queries to what they see, the others to one another; all (bs, num_heads, num_queries, ...)."""
-        num_dn, num_queries = visible.shape
-        noised, matching = query.split([num_dn, num_queries - num_dn], 2)
-        noised = self._attend(noised, key, value, visible)
-        matching = self._attend(matching, key[:, :, num_dn:], value[:, :, num_dn:])
-        return torch.cat([noised, matching], 2)
+def attention_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What hides queries from one another if it is added to the logits: 0 where ``visible`` (n, n), else -inf.
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        dropout = self.attn.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    torch makes this of a mask of truth values too, but in each layer. Rows start at multiples of eight numbers, or the
+    kernels of GPUs would copy the mask.
+    """
+    length = visible.shape[1]
+    mask = torch.zeros(length, length + -length % 8, dtype=dtype, device=visible.device)[:, :length]
+    return as_autocast(mask.masked_fill_(~visible, -torch.inf))
 
 
 class DeformableAttention(MultiScaleDeformableAttention):

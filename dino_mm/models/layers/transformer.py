@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
-from ...ops.half_weights import with_its_weights
+from ...ops.half_weights import as_autocast, with_its_weights
 from ...ops.recomputation import is_cheaper_to_compute_again, run_again_for_gradients
 from ..box_ops import encode_boxes, refine_boxes, wavelengths
 from ..structures import DecoderStates, FeatureLevels, Tokens
-from .attention import DeformableAttention, SelfAttention
+from .attention import DeformableAttention, SelfAttention, attention_mask
 
 
 def init_transformer(module: nn.Module) -> None:
@@ -159,10 +159,10 @@ class DINODecoderLayer(BaseModule):
         reference: Tensor,
         levels: FeatureLevels,
         padding_mask: Tensor | None,
-        visible: Tensor | None,
+        attn_mask: Tensor | None,
     ) -> Tensor:
         """``query`` (bs, num_queries, dim) sampled around ``reference`` (bs, num_queries, num_levels, 4)."""
-        query = self.norms[0](self.self_attn(query, query_pos, visible))
+        query = self.norms[0](self.self_attn(query, query_pos, attn_mask))
         query = self.cross_attn(query, query_pos, memory, reference, levels, padding_mask)
         return self.norms[2](run_ffn(self.ffn, self.norms[1](query)))
 
@@ -223,18 +223,20 @@ class DINODecoder(BaseModule):
             memory: (bs, num_tokens, dim), the encoder's output.
             tokens: For its geometry and padding mask.
             reg_branches: The head's box branches, one for each layer; they refine here and predict there.
-            visible: Where denoising queries come first, what they see: see :class:`DenoisingQueries`.
+            visible: Where denoising queries come first, what all queries see: see :class:`DenoisingQueries`.
         """
         levels, states, references = tokens.levels, [], [reference]
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
         lengths = wavelengths(self.embed_dims // 2, reference.device)
+        attn_mask = None if visible is None else attention_mask(visible, query.dtype)
+        memory = as_autocast(memory)
         for i, (layer, reg_branch) in enumerate(zip(self.layers, reg_branches, strict=False)):
             level_boxes = reference[:, :, None] * ratios
             query_pos = self.ref_point_head(encode_boxes(level_boxes[:, :, 0], lengths))
-            inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, visible)
+            inputs = (query, query_pos, memory, level_boxes, levels, tokens.padding_mask, attn_mask)
             query = run_layer(layer, i < self.num_cp, *inputs)
             refined = refine_boxes(reg_branch(query), reference)
-            states.append(self.norm(query))
+            states.append(query)
             references.append(refined)
             reference = refined.detach()
-        return DecoderStates(torch.stack(states), references)
+        return DecoderStates(self.norm(torch.stack(states)), references)
