@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 import dino_mm
+from dino_mm.engine.skip_not_finite_hook import SKIPPED
 from dino_mm.models import DINO
 
 #: On top of ``TINY``: tests of faults need layers of each kind, not many.
@@ -78,6 +80,39 @@ class FaultHook(Hook):
     def infinite_loss(self, model: DINO, batch: dict) -> None:
         """Whose gradients are finite."""
         once(model.bbox_head.criterion.loss_iou.register_forward_hook, lambda module, args, loss: loss + torch.inf)
+
+
+@HOOKS.register_module()
+class WriteDownHook(Hook):
+    """Writes what each process has come to into ``folder``: checkpoints are those of the first one alone."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def after_train(self, runner: Runner) -> None:
+        model = {name: tensor.clone() for name, tensor in runner.model.named_parameters()}
+        optimizer = runner.optim_wrapper.optimizer
+        content = dict(
+            model=model,
+            steps={int(state['step']) for state in optimizer.state.values()},
+            scale=runner.optim_wrapper.loss_scaler.get_scale(),
+            skipped=runner.message_hub.get_info(SKIPPED),
+            unreadable=runner.train_dataloader.dataset.skipped.skipped,
+        )
+        torch.save(content, self.folder / f'{runner.rank}.pth')
+
+
+@OPTIM_WRAPPERS.register_module()
+class ScaledOptimWrapper(AmpOptimWrapper):
+    """Scales losses as fp16 needs it, on a CPU, which computes in float32 all the same."""
+
+    def __init__(self, **kwargs: object) -> None:
+        OptimWrapper.__init__(self, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12)
+        self._scale_update_param = None
+
+    def optim_context(self, model: torch.nn.Module):
+        return OptimWrapper.optim_context(self, model)
 
 
 def once(register, function) -> None:

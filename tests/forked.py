@@ -4,6 +4,7 @@ They are processes like any other: they die of real signals and have limits of t
 fault, which the system itself brings about.
 """
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -139,3 +140,51 @@ def _die_at_change(number: int, names: tuple[str, ...]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _changes(names, meet)
+
+
+def signalled_at_change(sent: signal.Signals, number: int, *names: str) -> Callable[[], None]:
+    """The process gets a signal right before change ``number``, from 0, of files whose paths have one of ``names``."""
+    return partial(_signal_at_change, sent, number, names)
+
+
+def _signal_at_change(sent: signal.Signals, number: int, names: tuple[str, ...]) -> None:
+    _changes(names, lambda found, _: os.kill(os.getpid(), sent) if found == number else None)
+
+
+def signalled_at_fork(sent: signal.Signals) -> Callable[[], None]:
+    """The process gets a signal as it forks the first worker of a data loader, of a training that listens to it."""
+    return partial(_signal_at_fork, sent)
+
+
+def _signal_at_fork(sent: signal.Signals) -> None:
+    own, was, left = os.getpid(), signal.getsignal(sent), [True]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == 'os.fork' and os.getpid() == own and signal.getsignal(sent) is not was and left:
+            left.clear()
+            os.kill(own, sent)
+
+    sys.addaudithook(hook)
+
+
+def read_only(folder: Path, name: str) -> Callable[[], None]:
+    """Nothing in ``folder`` can be changed any more once a file is begun whose path has ``name``."""
+    return partial(_become_read_only, str(folder), name)
+
+
+def _become_read_only(folder: str, name: str) -> None:
+    struck: list[bool] = []
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in (*CHANGES, 'os.mkdir', 'os.utime') or not isinstance(arguments[0], str | os.PathLike):
+            return
+        path = os.fspath(arguments[0])
+        if event == 'open' and not arguments[2] & writing:
+            return
+        if name in path:
+            struck.append(True)
+        if struck and path.startswith(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    sys.addaudithook(hook)

@@ -9,12 +9,12 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from dino_mm.registry import HOOKS
 
 from ..datasets.coco import CheckedCocoDataset
-from .loops import require_epochs_that_end
+from .loops import require_epochs_that_end, require_equal_batches
 
 
 @HOOKS.register_module()
 class CheckRunHook(Hook):
-    """Refuses to train by epochs that never end, and to train, validate or test without all pictures.
+    """Refuses to train by epochs that never end or have no batch, and to train, validate or test without all pictures.
 
     Annotation files are verified when data sets and metrics are built, for training and validation alike, before this.
     """
@@ -24,10 +24,12 @@ class CheckRunHook(Hook):
 
         Raises:
             AnnotationError: Pictures are missing.
-            ValueError: The sampler never ends, so neither does an epoch.
+            SettingError: The sampler never ends, so neither does an epoch; or an epoch has no batch, or not equally
+                many in each process.
         """
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             require_epochs_that_end(runner.train_loop)
+            require_equal_batches(runner.train_loop)
         loops = [runner.train_loop] if runner.val_loop is None else [runner.train_loop, runner.val_loop]
         for loop in loops:
             require_pictures(loop.dataloader.dataset)

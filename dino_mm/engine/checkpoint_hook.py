@@ -32,6 +32,12 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
     """
 
     backend_args: dict | None
+    _newest = 0.0
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Take over the time of the checkpoint that the training goes on from."""
+        if runner._resume:
+            self._newest = max(self._newest, float(checkpoint['meta'].get(WRITTEN, 0)))
 
     def before_train(self, runner: Runner) -> None:
         """Delete what an interrupted run left half written."""
@@ -56,7 +62,9 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
                     f'infinity, so the training has failed. {self._kept()} Go on with --resume and a smaller '
                     'learning rate.'
                 )
-        checkpoint['meta'][WRITTEN] = time.time()
+        # Later checkpoints are newer, even if the clock has been set back.
+        self._newest = max(time.time(), self._newest + 1e-3)
+        checkpoint['meta'][WRITTEN] = self._newest
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         name, info = self.filename_tmpl.format(step), runner.message_hub.runtime_info

@@ -22,6 +22,8 @@ FILE = 'heartbeat.json'
 WINDOW = 50
 #: Share of an iteration that waiting for data may have.
 MAX_WAITING = 0.1
+#: So many times as large as when it was last logged the use of the GPU must be to be logged again.
+GROWTH = 1.1
 
 
 @HOOKS.register_module()
@@ -29,7 +31,11 @@ class HeartbeatHook(Hook):
     """Writes ``heartbeat.json`` into the work directory, warns of a slow data loader, and bounds the log's history.
 
     The file is replaced as a whole. It holds ``iteration``, ``max_iters``, ``time`` (seconds since 1970), ``loss``
-    (None if not finite), ``memory_mib`` (largest use of the GPU, None without one), ``host`` and ``pid``.
+    (None if not finite), ``memory_mib`` (largest use of the GPU so far, None without one), ``largest_batch`` (height
+    and width in pixels of the largest batch so far), ``most_boxes`` (in an image), ``host`` and ``pid``.
+
+    Whenever the largest use of the GPU has grown by a tenth, the log says which sizes came with it. All of this is of
+    the first process.
 
     If more than a tenth of the time is spent on waiting for data, one warning tells how many workers would do.
 
@@ -42,8 +48,8 @@ class HeartbeatHook(Hook):
         history: Values of each scalar that are kept.
     """
 
-    # After the log has the iteration's values, before checkpoints hold its history.
-    priority = 'LOW'
+    # After IterTimerHook, whose values are read; before LoggerHook, which resets the GPU's largest use.
+    priority = 55
 
     def __init__(self, seconds: float = 15.0, history: int = 2000) -> None:
         self.seconds = seconds
@@ -51,10 +57,13 @@ class HeartbeatHook(Hook):
         self._written = -math.inf
         self._is_failing = False
         self._began = 0
+        self._has_gpu = False
+        self._largest = Largest()
 
     def before_train(self, runner: Runner) -> None:
         """Remember where this run began."""
         self._began = runner.iter
+        self._has_gpu = torch.cuda.is_available()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -64,6 +73,9 @@ class HeartbeatHook(Hook):
             values.max_length = self.history
         if runner.rank:
             return
+        grown = self._largest.add(data_batch, torch.cuda.max_memory_allocated() if self._has_gpu else 0)
+        if grown:
+            print_log(f'Iteration {runner.iter + 1}: {grown}', 'current')
         if runner.iter - self._began + 1 == 2 * WINDOW:
             warn_of_slow_loader(runner)
         if time.monotonic() - self._written >= self.seconds or runner.iter + 1 == runner.max_iters:
@@ -78,7 +90,9 @@ class HeartbeatHook(Hook):
             max_iters=runner.max_iters,
             time=time.time(),
             loss=loss if math.isfinite(loss) else None,
-            memory_mib=torch.cuda.max_memory_allocated() // 2**20 if torch.cuda.is_available() else None,
+            memory_mib=self._largest.memory // 2**20 if self._has_gpu else None,
+            largest_batch=self._largest.batch,
+            most_boxes=self._largest.boxes,
             host=socket.gethostname(),
             pid=os.getpid(),
         )
@@ -92,6 +106,46 @@ class HeartbeatHook(Hook):
             if not self._is_failing:  # once, not every few seconds
                 print_log(f'Cannot write {path}: {error}. Training goes on.', 'current', logging.WARNING)
             self._is_failing = True
+
+
+class Largest:
+    """The largest batch so far, and the largest use of the GPU that it explains. Reads shapes alone.
+
+    Attributes:
+        memory: Largest use of the GPU, bytes.
+        batch: Height and width of the batch with the most pixels, padded to its own largest image; None: no batch yet.
+        boxes: Most boxes of an image.
+    """
+
+    def __init__(self) -> None:
+        self.memory = 0
+        self.batch: tuple[int, int] | None = None
+        self.boxes = 0
+        self._said = 0
+
+    def add(self, data_batch: Any, memory: int) -> str | None:
+        """Take a batch and the largest use after it, in bytes; what to log if the use has grown by a tenth."""
+        inputs, samples = (data_batch or {}).get('inputs', ()), (data_batch or {}).get('data_samples', ())
+        size, boxes = None, 0
+        if len(inputs):
+            height, width = (max(image.shape[i] for image in inputs) for i in (-2, -1))
+            size = (height, width)
+            self.batch = max(self.batch or (0, 0), size, key=math.prod)
+            boxes = max((len(sample.gt_instances) for sample in samples), default=0)
+            self.boxes = max(self.boxes, boxes)
+        self.memory = max(self.memory, memory)
+        if self.memory <= GROWTH * self._said:
+            return None
+        before, self._said = self._said, self.memory
+        return (
+            f'the largest use of the GPU is now {self.memory / 2**20:,.0f} MiB, not {before / 2**20:,.0f}. '
+            f'This batch: {_text(size)} pixels, up to {boxes} boxes in an image. Largest so far: '
+            f'{_text(self.batch)} pixels, {self.boxes} boxes.'
+        )
+
+
+def _text(size: tuple[int, int] | None) -> str:
+    return 'unknown' if size is None else f'{size[0]} x {size[1]}'
 
 
 def warn_of_slow_loader(runner: Runner) -> None:

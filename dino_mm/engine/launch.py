@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..datasets.coco_rules import AnnotationError
 from ..datasets.skipped import TooManyUnreadableError
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
+from .output import output_may_be_lost
 from .preemption_hook import Stopped
 from .run_lock import FolderInUseError, one_run
-from .safe_files import NO_ROOM, writable_file, writable_folder
+from .safe_files import NO_ROOM, NO_WAY, writable_file, writable_folder
 
 #: What tells the number of a process, by launcher.
 RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
@@ -107,12 +108,13 @@ def build_runner(config: Config) -> Runner:
 
 @contextmanager
 def only_run(config: Config, force: bool) -> Iterator[None]:
-    """Keep other runs out of the work directory meanwhile, see :func:`.run_lock.one_run`; the first process does."""
+    """Keep other runs out of the work directory meanwhile, see :func:`.run_lock.one_run`; the first process does.
+
+    Where the program prints to may be full or gone: the log in the work directory has it all.
+    """
     writable_folder(config.work_dir, '--work-dir')
-    if int(os.environ.get(RANKS.get(config.launcher, ''), 0)):
-        yield
-        return
-    with one_run(config.work_dir, force):
+    is_first = not int(os.environ.get(RANKS.get(config.launcher, ''), 0))
+    with output_may_be_lost(), one_run(config.work_dir, force) if is_first else nullcontext():
         yield
 
 
@@ -140,7 +142,7 @@ def _write_safely(config: Config) -> None:
 def ends_cleanly() -> Iterator[None]:
     """End the program with one line where it can not go on; processes leave together otherwise.
 
-    It can not where checkpoint, data or disk do not fit, or where numbers are not finite.
+    It can not where checkpoint, data, settings or disk do not fit, or where numbers are not finite.
 
     torchrun gets each error with its file and line. It reports the process that failed first, not those whose
     connections this broke.
@@ -151,12 +153,13 @@ def ends_cleanly() -> Iterator[None]:
     try:
         with _launcher_is_told():
             yield
-    except (AnnotationError, CheckpointError, FolderInUseError, FloatingPointError) as error:
+    except (AnnotationError, CheckpointError, FolderInUseError, FloatingPointError, SettingError) as error:
         raise SystemExit(f'error: {error}') from None
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM | NO_WAY:
             raise
-        raise SystemExit(f'error: {error}. Free some space, then run again.') from None
+        advice = 'Free some space' if error.errno in NO_ROOM else 'See to the file system'
+        raise SystemExit(f'error: {error}. {advice}, then run again.') from None
     except TooManyUnreadableError as error:
         # A worker's words come with its traceback before them.
         raise SystemExit(f'error: {str(error).rpartition(f"{type(error).__name__}: ")[2].strip()}') from None

@@ -21,6 +21,7 @@ from ..checkpoints.loading import check_detector, report
 from ..models.detectors.dino import DINO
 from .plain_checkpoints import PlainCheckpointHook, from_plain, restore_dataset_meta
 from .resume import choose_checkpoint
+from .resumed_settings import advance, let_config_count
 
 #: Lines of a config that say where a run starts and what it writes to, not what it does.
 PLACES = re.compile(r'^(load_from|resume|work_dir|launcher) = .*\n', re.MULTILINE)
@@ -77,6 +78,8 @@ class LoadCheckpointHook(Hook):
         converted = convert_detector(contents.tensors, model)
         own_way = converted.source is OURS and (resuming or not (self.class_transfer or self.ema))
         if own_way and not converted.differences.missing:
+            if resuming:
+                let_config_count(runner, checkpoint)
             return  # the runner's own, which it reads best
         if self.class_transfer:
             self._transfer_classes(converted, contents, model, runner)
@@ -126,9 +129,7 @@ class LoadCheckpointHook(Hook):
         epoch = iteration // length if contents.epoch is None else contents.epoch
         checkpoint['meta'].update(iter=iteration, epoch=epoch)
         checkpoint['message_hub'] = runner.message_hub.state_dict()
-        for scheduler in runner.param_schedulers or ():
-            for _ in range(epoch if scheduler.by_epoch else iteration):
-                scheduler.step()
+        advance(runner.param_schedulers or (), iteration, epoch)
         print_log(
             f"Resumes another library's training after {iteration} iterations, with its weights and its place in the "
             "schedule. The optimizer's moments are not taken over, they build up anew.",

@@ -45,7 +45,7 @@ class LoggerHook(mmengine.hooks.LoggerHook):
             if not self._silent:
                 runner.logger.warning(
                     f'The values of the log are not written: {error.strerror or error}. The training goes on without '
-                    'them, and checkpoints are saved as ever. Free some space.'
+                    'them, and tries to save checkpoints as ever. See to the disk and the work directory.'
                 )
             self._silent = True
 

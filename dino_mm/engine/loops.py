@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dist import all_gather_object
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import EpochBasedTrainLoop as EpochBasedLoop
 from mmengine.runner import IterBasedTrainLoop as IterBasedLoop
@@ -30,6 +31,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from dino_mm.registry import LOOPS
 
+from ..settings import SettingError
+
 #: What a new data loader takes over from another one; older torch has no ``in_order``.
 LOADER_OPTIONS = (
     *('dataset', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context'),
@@ -37,6 +40,10 @@ LOADER_OPTIONS = (
 )
 #: The message hub's entry, which checkpoints hold: an epoch and the iteration that it began with.
 EPOCH_BEGAN = 'dino_mm_epoch_began'
+NO_BATCH = (
+    'The training data have no batch: `train_dataloader.dataset` is empty, or smaller than a batch that must be full. '
+    'Check its `ann_file` and `filter_cfg`, and `drop_last`.'
+)
 
 
 class Purpose(IntEnum):
@@ -144,27 +151,41 @@ class NumberedBatches:
                     yield Batch(indices, source, number)
                 number += 1
             if endless and number == first:
-                raise ValueError(
-                    'The training data have no batch: `train_dataloader.dataset` is empty, or smaller than a batch '
-                    'that must be full. Check its `ann_file` and `filter_cfg`, and `drop_last`.'
-                )
+                raise SettingError(NO_BATCH)
 
 
 def require_epochs_that_end(loop: EpochBasedLoop) -> None:
     """Check that the sampler of a loop by epochs comes to an end.
 
     Raises:
-        ValueError: It does not, and names the settings to change.
+        SettingError: It does not, and names the settings to change.
     """
     sampler = loop.dataloader.batch_sampler.sampler
     if next(islice(sampler, len(sampler), None), None) is None:
         return
-    raise ValueError(
+    raise SettingError(
         f'`train_cfg` trains by epochs (`max_epochs={loop.max_epochs}`), but `train_dataloader.sampler`, '
         f'{type(sampler).__name__}, never ends, so neither does an epoch. Either take a sampler that ends: '
         "`train_dataloader.sampler=dict(type='DefaultSampler', shuffle=True)`; or train by iterations: "
         "`train_cfg=dict(_delete_=True, type='dino_mm.IterBasedTrainLoop', max_iters=...)`."
     )
+
+
+def require_equal_batches(loop: EpochBasedLoop) -> None:
+    """Check that an epoch has batches, and equally many in each process: all must meet in each step.
+
+    Raises:
+        SettingError: There is none, or the numbers differ; names the settings to change.
+    """
+    counts = all_gather_object(len(loop.dataloader))
+    if not all(counts):
+        raise SettingError(NO_BATCH)
+    if len(set(counts)) > 1:
+        raise SettingError(
+            f'The processes have {", ".join(map(str, counts))} batches in an epoch, so one would wait for the others '
+            'without end. Set `train_dataloader.sampler.round_up=True`, or take a sampler that gives each process as '
+            'many images.'
+        )
 
 
 class _Exact:
@@ -253,7 +274,7 @@ class EpochBasedTrainLoop(_Exact, EpochBasedLoop):
         options: mmengine's: ``max_epochs``, ``val_begin``, ``val_interval``, ``dynamic_intervals``.
 
     Raises:
-        ValueError: The sampler does not end.
+        SettingError: The sampler does not end.
     """
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, **options: Any) -> None:

@@ -22,8 +22,10 @@ from dino_mm.registry import HOOKS
 
 #: Exit status of a program whose training ended early, with a checkpoint: EX_TEMPFAIL, "try again".
 EXIT_STATUS = 75
-#: Slurm and Kubernetes send the first, Slurm on request the second, Ctrl-C the third; Windows lacks the second.
-SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT') if hasattr(signal, name)]
+#: Slurm and Kubernetes send the first, Slurm on request the second, Ctrl-C the third, a terminal that is closed the
+#: fourth; Windows lacks the second and the fourth.
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+HANGUP = getattr(signal, 'SIGHUP', None)
 #: Seconds after which another SIGINT ends the program at once. Launchers pass on what the terminal sends as well.
 PATIENCE = 3
 
@@ -39,10 +41,10 @@ class Stopped(SystemExit):
 class PreemptionHook(Hook):
     """Saves a checkpoint and ends the program when it is told to by a signal, or after some hours.
 
-    On SIGTERM, SIGUSR1 or SIGINT the present step is finished, by several processes one more: all of them stop after
-    the same one, whichever got the signal. The runner's ``CheckpointHook`` writes the checkpoint, unless it has just
-    done so, and the program ends with status 75. A validation is left at once, and not taken up again. A second SIGINT,
-    at least 3 s after the first, ends the program without a checkpoint.
+    On SIGTERM, SIGUSR1, SIGINT or SIGHUP the present step is finished, by several processes one more: all of them stop
+    after the same one, whichever got the signal. The runner's ``CheckpointHook`` writes the checkpoint, unless it has
+    just done so, and the program ends with status 75. A validation is left at once, and not taken up again. A second
+    SIGINT, at least 3 s after the first, ends the program without a checkpoint. SIGHUP stays ignored under ``nohup``.
 
     Workers of data loaders outlive these signals: clusters send them to all processes of a job.
 
@@ -73,7 +75,8 @@ class PreemptionHook(Hook):
         self._is_training = True
         # Python lets no other thread do so. There the clock still counts.
         if threading.current_thread() is threading.main_thread():
-            self._old_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            listened = [number for number in SIGNALS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+            self._old_handlers = {number: signal.signal(number, self._on_signal) for number in listened}
         if runner.world_size > 1:
             # The flags go from host to host, so that no device is waited for.
             self._group = dist.new_group(backend='gloo')

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def one_run(folder: str | Path, force: bool = False) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        with FileLock(folder / GUARD):
+        # Where the folder cannot be written into any more, the record dies with the process.
+        with suppress(OSError), FileLock(folder / GUARD):
             if _read(folder / RECORD) == own:
                 (folder / RECORD).unlink()
 

@@ -11,6 +11,8 @@ from mmengine.fileio import LocalBackend, register_backend
 WHOLE_FILES = 'dino_mm_whole_files'
 #: Errors of a file system that has no room left: the disk, the quota, the largest size of a file.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Errors of a file system that cannot be written to any more, or that does not answer.
+NO_WAY = {errno.EROFS, errno.EIO, errno.ESTALE}
 #: What a file is called while it is written: a dot, its name, the process, and this.
 TEMPORARY = '.part'
 #: Bytes that are written to find out whether there is room: a block of any file system is smaller.

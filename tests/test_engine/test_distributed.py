@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +20,16 @@ import torch.multiprocessing as mp
 from commands import ROOT, TINY, options, run
 from conftest import make_samples, tiny_model_cfg
 from faults import SMALLER, write_config
-from forked import CONTEXT
+from forked import CONTEXT, Tool
 from mmengine.config import Config
+from mmengine.registry import DATA_SAMPLERS
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_mm.datasets.digits import make_digits
 from dino_mm.engine.launch import build_runner
+from dino_mm.engine.loops import require_equal_batches
 from dino_mm.registry import MODELS
+from dino_mm.settings import SettingError
 
 ENV = dict(PYTHONPATH=f'{ROOT}:{ROOT}/tests', OMP_NUM_THREADS='1')
 
@@ -157,6 +162,82 @@ def test_a_process_that_dies_ends_all_and_is_named(kind: str, cause: str, data: 
     assert ended - struck < 30
     root = done.stderr.partition('Root Cause (first observed failure):')[2]
     assert re.search(rf'rank      : 1 .*{cause}', root, re.DOTALL), done.stderr[-5000:]
+
+
+def test_processes_that_meet_other_faults_stay_together(data: Path, tmp_path: Path) -> None:
+    """Gradients too large for fp16 in one, then in the other, then a picture of NaN; one picture cannot be read.
+
+    Each skips the same steps with the same scale, though not the same pictures.
+    """
+    hooks = [
+        dict(type='FaultHook', kind='infinite_gradient', at=[2], rank=1),
+        dict(type='FaultHook', kind='infinite_gradient', at=[3], rank=0),
+        dict(type='FaultHook', kind='nan_picture', at=[5], rank=1),
+        dict(type='WriteDownHook', folder=str(tmp_path)),
+    ]
+    picture = data / 'train' / '000003.png'
+    picture.write_bytes(picture.read_bytes()[:40])
+    config = write_config(tmp_path / 'config.py', data, hooks)
+    settings = TINY | SMALLER | {'train_cfg.max_iters': 8, 'train_cfg.val_interval': 100}
+    settings |= {'train_dataloader.dataset.on_unreadable': 'skip', 'optim_wrapper.type': 'ScaledOptimWrapper'}
+    command = ('tools/dist_train.sh', config, '2', '--work-dir', tmp_path / 'work', *options(settings))
+    done = run(*command, PORT=str(free_port()), **ENV)
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(2))
+    for name, tensor in first.pop('model').items():
+        assert torch.equal(second['model'][name], tensor), name
+    for found in (first, second):
+        assert (found['steps'], found['skipped'], found['scale']) == ({5}, 3, 2.0**9)
+    assert first['unreadable'] + second['unreadable'] > 0
+    assert 'Image id 4 is skipped, another takes its place' in done.stdout + done.stderr
+    assert 'Iteration 3: the step is skipped, number 2 of the training' in done.stdout
+
+
+#: Batches of an epoch in each of two processes -> what is said of them.
+UNEQUAL = {(3, 2): 'have 3, 2 batches in an epoch.*round_up=True', (0, 0): 'no batch', (1, 0): 'no batch', (2, 2): None}
+
+
+def compare_batches(rank: int, size: int, port: int, out: Path) -> None:
+    with member(rank, size, port):
+        for counts, said in UNEQUAL.items():
+            loop = SimpleNamespace(dataloader=range(counts[rank]))
+            with nullcontext() if said is None else pytest.raises(SettingError, match=said) as error:
+                require_equal_batches(loop)
+            assert said is None or '\n' not in str(error.value)
+
+
+def test_processes_with_other_numbers_of_batches_are_refused() -> None:
+    """Or without any: the first would wait for the others' gradients without end. Each of them says so."""
+    spawn(compare_batches, 2, Path())
+
+
+@pytest.mark.parametrize('kind', ['InfiniteSampler', 'DefaultSampler'])
+@pytest.mark.parametrize(('images', 'size'), [(1, 4), (3, 8), (5, 2), (7, 7)])
+def test_every_process_has_images(kind: str, images: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are more processes than images, too; by epochs each has equally many."""
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr('mmengine.dataset.sampler.get_dist_info', lambda rank=rank: (rank, size))
+        sampler = DATA_SAMPLERS.build(dict(type=kind, dataset=range(images), seed=0))
+        found.append(list(islice(sampler, 2 * images)))
+    assert all(set(indices) <= set(range(images)) for indices in found)
+    ends = kind == 'DefaultSampler'
+    assert {len(indices) for indices in found} == {-(-images // size) if ends else 2 * images}
+    assert set().union(*found) == set(range(images))
+
+
+def test_an_epoch_without_a_batch_is_refused_in_one_line(data: Path, tmp_path: Path) -> None:
+    """By epochs a training would end at once, with status 0."""
+    loader = dict(
+        dataset=dict(data_root=f'{data}/'),
+        batch_size=10,
+        batch_sampler=dict(drop_last=True),
+        sampler=dict(type='DefaultSampler'),
+    )
+    epochs = dict(_delete_=True, type='dino_mm.EpochBasedTrainLoop', max_epochs=2)
+    config = write_config(tmp_path / 'config.py', data, [], train_cfg=epochs, train_dataloader=loader)
+    settings = {key: value for key, value in (TINY | SMALLER).items() if not key.startswith('train_')}
+    tool = Tool(tmp_path / 'out.txt', 'tools/train.py', config, '--work-dir', tmp_path / 'work', *options(settings))
+    assert tool.wait(1).strip().splitlines()[-1].startswith('error: The training data have no batch: ')
 
 
 def test_flexible_runner_is_refused(data: Path, tmp_path: Path) -> None:

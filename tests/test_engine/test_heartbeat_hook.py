@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import get_priority
+from mmengine.structures import InstanceData
 
-from dino_mm.engine import HeartbeatHook
+from dino_mm.engine import HeartbeatHook, LoggerHook
 from dino_mm.engine import heartbeat_hook as module
 from dino_mm.engine.heartbeat_hook import WINDOW
 
@@ -44,7 +47,7 @@ def test_the_file_tells_where_the_training_is(tmp_path: Path, monkeypatch: pytes
     assert abs(content.pop('time') - time.time()) < 60
     assert content.pop('memory_mib') is None or torch.cuda.is_available()
     assert content.pop('host')
-    assert content == dict(iteration=1, max_iters=1000, loss=2.5, pid=os.getpid())
+    assert content == dict(iteration=1, max_iters=1000, loss=2.5, largest_batch=None, most_boxes=0, pid=os.getpid())
     for iteration, seconds, written in ((5, 114.9, 1), (6, 115.0, 7), (7, 116.0, 7), (999, 116.0, 1000)):
         runner.iter, now[0] = iteration, seconds
         hook.after_train_iter(runner, 0)
@@ -97,3 +100,46 @@ def test_the_log_keeps_so_many_values_and_no_more(tmp_path: Path) -> None:
     values, counts = runner.message_hub.log_scalars['train/loss'].data
     assert values.tolist() == list(range(40, 60))
     assert len(counts) == 20
+
+
+def batch_of(height: int, width: int, *boxes: int) -> dict:
+    """What a data loader gives: images one by one, the first of them smaller, and their boxes."""
+    images = [torch.zeros(3, height - number, width) for number in range(len(boxes))][::-1]
+    samples = [DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(count, 4))) for count in boxes]
+    return dict(inputs=images, data_samples=samples)
+
+
+def test_growth_of_the_gpus_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the iteration, its batch and the largest so far; MMEngine's log resets the peak that the GPU tells."""
+    said, peak = [], [0]
+    monkeypatch.setattr(module, 'print_log', lambda text, *_: said.append(text))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: peak[0] * 2**20)
+    runner, hook = make_runner(tmp_path, loss=[1.0]), HeartbeatHook(seconds=0)
+    hook.before_train(runner)
+    steps = [
+        (1000, batch_of(32, 48, 2, 7)),
+        (1050, batch_of(64, 48, 3)),  # a little more is not told
+        (1050, batch_of(40, 48, 90, 0)),
+        (3200, batch_of(48, 64, 1)),
+        (500, batch_of(8, 8, 1)),  # after a reset
+        (3500, batch_of(8, 8, 1)),
+        (3521, batch_of(64, 64, 5)),
+    ]
+    for iteration, (use, batch) in enumerate(steps):
+        runner.iter, peak[0] = iteration, use
+        hook.after_train_iter(runner, 0, batch)
+    assert said == [
+        'Iteration 1: the largest use of the GPU is now 1,000 MiB, not 0. This batch: 32 x 48 pixels, up to 7 boxes in '
+        'an image. Largest so far: 32 x 48 pixels, 7 boxes.',
+        'Iteration 4: the largest use of the GPU is now 3,200 MiB, not 1,000. This batch: 48 x 64 pixels, up to 1 '
+        'boxes in an image. Largest so far: 64 x 48 pixels, 90 boxes.',
+        'Iteration 7: the largest use of the GPU is now 3,521 MiB, not 3,200. This batch: 64 x 64 pixels, up to 5 '
+        'boxes in an image. Largest so far: 64 x 64 pixels, 90 boxes.',
+    ]
+    content = read(tmp_path)
+    assert (content['memory_mib'], content['largest_batch'], content['most_boxes']) == (3521, [64, 64], 90)
+
+
+def test_the_peak_is_read_before_the_log_resets_it() -> None:
+    assert get_priority('NORMAL') < get_priority(HeartbeatHook.priority) < get_priority(LoggerHook.priority)

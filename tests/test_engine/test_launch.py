@@ -1,5 +1,7 @@
 """How the command-line tools end."""
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,12 @@ def test_a_checkpoint_s_error_does_not_wait_for_other_processes(monkeypatch: pyt
     monkeypatch.setattr(torch.distributed, 'barrier', lambda: pytest.fail('waits'))
     with pytest.raises(SystemExit, match=r'^error: no such file$'), ends_cleanly():
         raise CheckpointError('no such file')
+
+
+@pytest.mark.parametrize('number', [errno.EROFS, errno.EIO, errno.ESTALE])
+def test_a_file_system_that_is_gone_ends_the_program_with_one_line(number: int) -> None:
+    with pytest.raises(SystemExit, match=r'^error: .*work/a\.log.*See to the file system, then'), ends_cleanly():
+        raise OSError(number, os.strerror(number), 'work/a.log')
 
 
 def test_a_full_disk_ends_the_program_with_one_line() -> None:

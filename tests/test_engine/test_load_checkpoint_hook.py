@@ -247,9 +247,10 @@ def test_the_config_in_a_checkpoint_is_compared_and_taken_out(cfg: Config, tmp_p
     hook, runner = LoadCheckpointHook(), Runner.from_cfg(cfg)
     runner.cfg.load_from = 'b'
     runner._resume = True
-    checkpoint = dict(state_dict=runner.model.state_dict(), meta=dict(config=text, iter=1))
+    meta = dict(config=text, iter=1, epoch=0)
+    checkpoint = dict(state_dict=runner.model.state_dict(), meta=meta, message_hub={})
     hook.after_load_checkpoint(runner, checkpoint)
-    assert checkpoint['meta'] == dict(iter=1)
+    assert checkpoint['meta'] == dict(iter=1, epoch=0)
     assert ('differs from this run' in log_of(cfg)) == other
     for iterations in (cfg.train_cfg.max_iters, cfg.train_cfg.max_iters + 1):
         assert (re.search(rf'^[-+].*max_iters={iterations}\b', log_of(cfg), re.MULTILINE) is not None) == other
@@ -263,7 +264,8 @@ def test_a_strangers_config_fills_no_log_and_steers_no_terminal(cfg: Config) -> 
     hook, runner = LoadCheckpointHook(), Runner.from_cfg(cfg)
     runner._resume = True
     text = '\x1b[2J' + '\n'.join(f'line_{i} = {"x" * 10_000}' for i in range(1000))
-    checkpoint = dict(state_dict=runner.model.state_dict(), meta=dict(config=text, iter=1))
+    meta = dict(config=text, iter=1, epoch=0)
+    checkpoint = dict(state_dict=runner.model.state_dict(), meta=meta, message_hub={})
     before = len(log_of(cfg))
     hook.after_load_checkpoint(runner, checkpoint)
     said = log_of(cfg)[before:]

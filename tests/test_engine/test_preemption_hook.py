@@ -39,6 +39,7 @@ def _as_before() -> Iterator[None]:
     """One thread, for several wait for each other longer than they work; the signals as they were."""
     threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in module.SIGNALS}
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -142,7 +143,7 @@ def test_one_of_two_processes_meets_nan_and_a_signal(data: Path, tmp_path: Path)
     assert 'iteration 2: all losses not finite; images: image id' in done.stdout  # the second process's words
 
 
-@pytest.mark.parametrize('kind', ['SIGTERM', 'SIGUSR1', 'SIGINT'])
+@pytest.mark.parametrize('kind', ['SIGTERM', 'SIGUSR1', 'SIGINT', 'SIGHUP'])
 def test_the_step_of_the_signal_is_the_last(kind: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped) as error:
         train(data, tmp_path / 'run', [told(kind, 2)], **RARE)
@@ -150,12 +151,24 @@ def test_the_step_of_the_signal_is_the_last(kind: str, data: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / 'run').glob('*.pth')] == ['iter_2.pth']
 
 
-def test_a_validation_is_left_with_the_weights_of_the_training(data: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_stays_ignored_where_it_was(data: Path, tmp_path: Path) -> None:
+    """As under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        runner = train(data, tmp_path / 'run', [told('SIGHUP', 1)], **RARE | {'train_cfg.max_iters': 2})
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert runner.iter == 2
+
+
+@pytest.mark.parametrize('kind', ['SIGTERM', pytest.param('SIGINT', marks=pytest.mark.slow)])
+def test_a_validation_is_left_with_the_weights_of_the_training(kind: str, data: Path, tmp_path: Path) -> None:
     """Not with the average that is being validated."""
     ema = dict(type='EMAHook', momentum=0.5)
     settings = RARE | {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 2, 'val_dataloader.batch_size': 1}
     with pytest.raises(Stopped):
-        train(data, tmp_path / 'left', [ema, told('SIGTERM', 2, in_validation=True)], **settings)
+        train(data, tmp_path / 'left', [ema, told(kind, 2, in_validation=True)], **settings)
     train(data, tmp_path / 'straight', [ema], **RARE | {'train_cfg.max_iters': 2})
     left, straight = (read(tmp_path / name / 'iter_2.pth') for name in ('left', 'straight'))
     for part in ('state_dict', 'ema_state_dict'):
@@ -165,14 +178,18 @@ def test_a_validation_is_left_with_the_weights_of_the_training(data: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_within_an_epoch(data: Path, tmp_path: Path) -> None:
-    """The hook that writes checkpoints by epochs writes one by iterations; the rest of the epoch is trained."""
+@pytest.mark.parametrize('last', [7, 5], ids=['within', 'at its end'])
+def test_within_an_epoch(last: int, data: Path, tmp_path: Path) -> None:
+    """The hook that writes checkpoints by epochs writes one by iterations; the rest of the epoch is trained.
+
+    An epoch has five iterations. Where all are done, the next run ends it.
+    """
     settings = {'train_cfg.max_epochs': 2, 'param_scheduler.0.milestones': [1], 'default_hooks.checkpoint.interval': 1}
     settings |= {'train_cfg.val_interval': 100}
     folder = tmp_path / 'run'
     with pytest.raises(Stopped):
-        train(data, folder, [told('SIGTERM', 7)], by_epoch=True, **settings)
-    assert (folder / 'last_checkpoint').read_text().endswith('iter_7.pth')
+        train(data, folder, [told('SIGTERM', last)], by_epoch=True, **settings)
+    assert (folder / 'last_checkpoint').read_text().endswith(f'iter_{last}.pth')
     train(data, folder, [], by_epoch=True, resume=True, **settings)
     train(data, tmp_path / 'straight', [], by_epoch=True, **settings)
     assert_same_weights(folder / 'epoch_2.pth', tmp_path / 'straight' / 'epoch_2.pth')
