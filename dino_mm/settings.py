@@ -8,6 +8,8 @@ config that inherits ours, and :func:`read_config` to the options of a command l
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +70,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     named = [name for name in SETTINGS if options.get(name) is not None]
     if named and not has_settings(config):
         raise SettingError(f'{path}: `{named[0]}` is a setting of configs that inherit dino_mm. This one does not.')
+    _refuse_misspelt(config, options)
     for name, other in (('epochs', 'max_iters'), ('max_iters', 'epochs')):
         if name in named:
             options.setdefault(other, None)
@@ -78,6 +81,18 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         # What the command line says of a place goes over what a setting makes of it.
         config.merge_from_dict({key: value for key, value in options.items() if key not in SETTINGS})
     return config
+
+
+def _refuse_misspelt(config: Config, options: Mapping[str, Any]) -> None:
+    """Raise SettingError if an option would make a new key that looks like one that is there, and have no effect."""
+    from mmengine.runner import Runner
+
+    known = {*config, *inspect.signature(Runner.__init__).parameters}
+    for key in options:
+        root = key.partition('.')[0]
+        close = [] if root in known else difflib.get_close_matches(root, known, 1, 0.8)
+        if close:
+            raise SettingError(f'{config.filename} has no key `{root}`, which would have no effect: `{close[0]}`?')
 
 
 def _require_one_length(config: Config, options: Mapping[str, Any]) -> None:

@@ -213,6 +213,29 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ('key', 'meant'),
+    [
+        ('imagesize', 'image_size'),
+        ('epoch', 'epochs'),
+        ('max_iter', 'max_iters'),
+        ('batchsize', 'batch_size'),
+        ('modell.num_queries', 'model'),
+        ('load_form', 'load_from'),
+        ('custom_hook', 'custom_hooks'),
+    ],
+)
+def test_a_misspelt_option_is_refused(key: str, meant: str) -> None:
+    with pytest.raises(SettingError, match=f'dino_digits.py has no key `{key.split(".")[0]}`.*: `{meant}`\\?$'):
+        read_config(dino_mm.cfg('dino_digits'), {key: 3})
+
+
+def test_options_may_bring_keys_of_their_own() -> None:
+    options = {'own_pipeline': [dict(type='PackDetInputs')], 'my_note': 1, 'resume': True}
+    config = read_config(dino_mm.cfg('dino_digits'), options)
+    assert {name: config[name] for name in options} == options
+
+
 def test_other_projects_configs_are_none_of_ours(tmp_path: Path) -> None:
     """They have variables of these names, with meanings of their own."""
     text = 'image_size = (1024, 1024)\nbatch_size = 0\nepochs = max_iters_ = 3\n'
