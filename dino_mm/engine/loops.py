@@ -188,6 +188,33 @@ def require_equal_batches(loop: EpochBasedLoop) -> None:
         )
 
 
+class FromHere:
+    """Batches, for a loop that first passes over those that were trained on, and need not be fetched.
+
+    Args:
+        batches: From the present iteration on.
+        trained: Number of those before it. mmengine's ``run`` asks for each of them and drops it; that of the forks
+            calls :meth:`skip_iter`.
+    """
+
+    def __init__(self, batches: Iterator[Any], trained: int) -> None:
+        self._batches = batches
+        self._trained = trained
+
+    def __iter__(self) -> 'FromHere':
+        return self
+
+    def __next__(self) -> Any:
+        if self._trained:
+            self._trained -= 1
+            return None
+        return next(self._batches)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Pass over ``num_iters`` batches that were trained on."""
+        self._trained -= num_iters
+
+
 class _Exact:
     """What both loops share; comes before mmengine's loop among the bases."""
 
@@ -249,12 +276,11 @@ class IterBasedTrainLoop(_Exact, IterBasedLoop):
     def run(self) -> nn.Module:
         """Train."""
         self._begin()
-        self.dataloader_iterator = self._from_here()
+        is_passed_over = not getattr(self, 'fast_forward_on_resume', False)  # of the forks' mmengine
+        self.dataloader_iterator = FromHere(self._from_here(), self._iter if is_passed_over else 0)
         return super().run()
 
     def _from_here(self) -> Iterator[Any]:
-        # mmengine's `run` asks for all batches that were trained on and drops them.
-        yield from (None for _ in range(self._iter))
         self._batches.start(self._source, self._iter, skip=self._iter, endless=True)
         yield from self.dataloader
 

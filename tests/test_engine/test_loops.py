@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mmengine.runner.runner
@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 import dino_mm
 from dino_mm.datasets.digits import make_digits
-from dino_mm.engine.loops import Batch, NumberedBatches, Purpose, Source
+from dino_mm.engine.loops import Batch, FromHere, NumberedBatches, Purpose, Source
 
 NAMES = itertools.count()
 
@@ -268,6 +268,19 @@ def test_batches_and_data_set_reach_spawned_workers(tmp_path: Path) -> None:
     assert [sample['img_id'] for sample in samples[0]] == [3, 1]
     assert torch.equal(samples[0][1]['drawn'], samples[1][1]['drawn'])
     assert not torch.equal(samples[0][0]['drawn'], samples[0][1]['drawn'])
+
+
+def ask_for_each(batches: FromHere) -> None:
+    assert [next(batches) for _ in range(3)] == [None] * 3
+
+
+@pytest.mark.parametrize('way', [ask_for_each, lambda batches: batches.skip_iter(3)], ids=['mmengine', 'forks'])
+def test_what_was_trained_on_is_passed_over_and_never_fetched(way: Callable[[FromHere], None]) -> None:
+    fetched = []
+    batches = FromHere((fetched.append(number) or number for number in range(3, 6)), trained=3)
+    way(batches)
+    assert fetched == []
+    assert list(batches) == [3, 4, 5]
 
 
 def test_batches_that_were_not_started_are_those_within() -> None:
