@@ -133,11 +133,22 @@ def mmdet_config(ours: ConfigDict) -> ConfigDict:
 
 
 def build_side(side: SideName, setting: Setting) -> Any:
-    """One side's model. Ours loads the weights of MMDetection's."""
+    """One side's model. Ours loads the weights of MMDetection's.
+
+    Raises:
+        RuntimeError: The DINO of the installed MMDetection has other weights.
+    """
     init_default_scope('mmdet')
     config = our_config(setting)
     torch.manual_seed(setting.seed)
     theirs = MODELS.build(mmdet_config(config))
+    encoded = theirs.decoder.ref_point_head.layers[0].in_features
+    if encoded != 2 * config.embed_dims:
+        raise RuntimeError(
+            f'MMDetection {mmdet.__version__} encodes a box in {encoded} numbers, MMDetection 3.3 and dino_mm in '
+            f'{2 * config.embed_dims}, so the two cannot have the same weights. Compare where mmdet 3.3 is installed: '
+            '`make setup` in a checkout of dino_mm.'
+        )
     theirs.init_weights()
     if side == 'mmdet':
         return theirs
