@@ -54,9 +54,10 @@ def find(name: str) -> str:
         return found[0]
     if found:
         raise UnknownConfigError(f'dino_mm ships several configs {name!r}: {", ".join(found)}. Give the folder too.')
-    raise UnknownConfigError(
-        f'dino_mm ships no config {name!r}. It has: {", ".join(_closest(wanted, known, whole) or whole)}.'
-    )
+    near = _closest(wanted, known, whole)
+    names = near if '/' in wanted else [PurePosixPath(path).stem for path in near]
+    hint = f'Near to it: {", ".join(names)}; `dino-mm models` lists all' if near else f'It has: {", ".join(whole)}'
+    raise UnknownConfigError(f'dino_mm ships no config {name!r}. {hint}.')
 
 
 def find_config(name: str | Path) -> str:

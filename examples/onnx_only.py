@@ -1,6 +1,6 @@
 """Detect with a model of `dino-mm export`, by onnxruntime, numpy and Pillow alone.
 
-python onnx_only.py MODEL.onnx PICTURE [--threshold 0.3] [--out DRAWN.png]
+python onnx_only.py MODEL.onnx PICTURE [--score-thr 0.3] [--out DRAWN.png]
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model', help='ONNX file of `dino-mm export`')
     parser.add_argument('picture', help='picture in any format that Pillow reads')
-    parser.add_argument('--threshold', type=float, default=0.3, help='least score (%(default)s)')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='least score (%(default)s)')
     parser.add_argument('--out', help='where to draw the detections')
     args = parser.parse_args()
     for path in (args.model, args.picture):
@@ -119,10 +119,12 @@ def main():
         sys.exit(f'error: {error}')
     except Exception as error:  # those of onnxruntime have no common base
         sys.exit(f'error: onnxruntime cannot run {args.model}: {str(error).splitlines()[0]}')
-    kept = scores >= args.threshold
+    kept = scores >= args.score_thr
     classes = detector.meta['classes']
     for box, score, label in zip(boxes[kept].tolist(), scores[kept], labels[kept], strict=True):
         print(f'{classes[label]} {score:.3f} {" ".join(f"{side:.1f}" for side in box)}')
+    if not kept.any():
+        print(f'no object above {args.score_thr}; the best has {scores.max(initial=0):.3f}')
     if args.out:
         draw(image, classes, boxes[kept], scores[kept], labels[kept]).save(args.out)
 

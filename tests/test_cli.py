@@ -100,7 +100,9 @@ def test_trains_and_tests_by_name(tmp_path: Path) -> None:
     done = python('-m', 'dino_mm', 'test', 'dino-demo/dino_digits', checkpoint, *settings, **more)
     assert 'coco/bbox_mAP:' in done.stdout
     done = python('-m', 'dino_mm', 'train', 'dino_digit', status=1, **more)
-    assert done.stderr.splitlines()[-1].startswith("error: dino_mm ships no config 'dino_digit'. It has: dino-demo/")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: dino_mm ships no config 'dino_digit'. Near to it: dino_digits; "
+    )
     assert 'Traceback' not in done.stderr
 
 

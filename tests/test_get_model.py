@@ -55,9 +55,9 @@ def test_unknown_names_tell_the_closest(name: str, close: str) -> None:
     with pytest.raises(UnknownConfigError) as raised:
         dino_mm.cfg(name)
     message = str(raised.value)
-    assert close in message
+    assert Path(close).stem in message
     assert '\n' not in message
-    assert message.partition('It has: ')[2].count('.py') <= 3 or name in ('', 'zzz')
+    assert message.count(', ') <= 2 or name in ('', 'zzz')
 
 
 def test_ambiguous_names_tell_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

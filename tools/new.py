@@ -1,4 +1,4 @@
-"""Make a project that fine-tunes a model on your data: ``python tools/new.py PROJECT --data DIR``."""
+"""Make a project that fine-tunes a model on your data: ``dino-mm new PROJECT --data DIR``."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Detect objects on pictures and videos: ``python tools/predict.py MODEL SOURCE... --weights FILE``."""
+"""Detect objects on pictures and videos: ``dino-mm predict MODEL SOURCE... --weights FILE``."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Report what went wrong in a test: ``python tools/report.py PREDICTIONS --ann FILE --images DIR --out DIR``."""
+"""Report what went wrong in a test: ``dino-mm report PREDICTIONS --ann FILE --images DIR --out DIR``."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Test a detector: ``python tools/test.py CONFIG CHECKPOINT`` evaluates it as the config says, for COCO by AP."""
+"""Test a detector: ``dino-mm test CONFIG CHECKPOINT`` evaluates it as the config says, for COCO by AP."""
 
 import argparse
 

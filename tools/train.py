@@ -1,4 +1,4 @@
-"""Train a detector: ``python tools/train.py CONFIG``."""
+"""Train a detector: ``dino-mm train CONFIG``."""
 
 import argparse
 

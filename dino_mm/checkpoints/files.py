@@ -177,7 +177,7 @@ def _download(address: str, target: Path) -> None:
     except (urllib.error.URLError, OSError) as error:
         raise CheckpointError(
             f'{address}: download failed ({getattr(error, "reason", error)}). Run again to continue it, or download '
-            'it otherwise and give the path.'
+            'it otherwise and give the path in its place: as `load_from` of a config, or by the option for weights.'
         ) from None
     size = partial.stat().st_size
     if expected is not None and size != expected:

@@ -52,9 +52,11 @@ def choose_checkpoint(runner: Runner) -> None:
     Raises:
         CheckpointError: There are checkpoints, and none is whole.
     """
+    folders = _folders(runner)
+    if not runner._resume:
+        _tell_of_earlier(runner, folders[0])
     if runner._resume != AUTO and not (runner._resume and runner._load_from is None):
         return
-    folders = _folders(runner)
     shared: list[Any] = [find_resumable(folders, _named(folders[0])) if runner.rank == 0 else None]
     broadcast_object_list(shared)
     found: Found = shared[0]
@@ -74,6 +76,16 @@ def choose_checkpoint(runner: Runner) -> None:
     start = runner._load_from
     source = f'`load_from`, {start}' if start else 'nothing, as the config has no `load_from`'
     runner.logger.info(f'--resume: there is no checkpoint in {folders[0]}. Training starts from {source}.')
+
+
+def _tell_of_earlier(runner: Runner, folder: Path) -> None:
+    """Say that a run that starts anew leaves the checkpoints of an earlier one where they are."""
+    left = sorted(path.name for pattern in ('iter_*.pth', 'epoch_*.pth') for path in folder.glob(pattern))
+    if left and runner.rank == 0:
+        runner.logger.warning(
+            f'{folder} has checkpoints of an earlier run, which stay: {", ".join(left)}. This run starts anew; '
+            '--resume would go on from them.'
+        )
 
 
 def _folders(runner: Runner) -> list[Path]:

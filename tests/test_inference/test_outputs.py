@@ -235,7 +235,7 @@ def read_video(path: str) -> list[NDArray]:
     [
         (
             dict(model='dino_r50_4scal_12ep'),
-            "dino_mm ships no config 'dino_r50_4scal_12ep'. It has: dino-resnet/dino_r50_",
+            "dino_mm ships no config 'dino_r50_4scal_12ep'. Near to it: dino_r50_4scale_12ep, ",
         ),
         (dict(sources=['nothing.png']), 'There is no file or folder nothing.png.'),
         (dict(sources=['in/empty']), 'The folder in/empty holds no picture or video; '),
