@@ -3,8 +3,16 @@
 import re
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
+
+from dino_mm.compat import found_set
+
+#: The forks' own DINO has other weights than MMDetection's: see `test_a_dino_with_other_weights_is_refused`.
+with_mmdets_dino = pytest.mark.skipif(
+    found_set().names['mmdet'] != 'mmdet', reason="the forks' DINO encodes boxes in another way"
+)
 
 #: Our names (regular expressions) -> detrex's, for everything but the backbone.
 DETREX = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from foreign import with_mmdets_dino
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -81,6 +82,7 @@ def loaded(checkpoint: str) -> Iterator[nn.Module]:
     return model
 
 
+@with_mmdets_dino
 def test_every_tensor_is_accounted_for(theirs: nn.Module, loaded: nn.Module) -> None:
     own = loaded.state_dict()
     biases = {name for name in own if name.startswith('neck.') and name.endswith('conv.bias')}
@@ -95,6 +97,7 @@ def test_every_tensor_is_accounted_for(theirs: nn.Module, loaded: nn.Module) -> 
     assert all(torch.equal(own[name], theirs.state_dict()[name]) for name in same)
 
 
+@with_mmdets_dino
 def test_predictions_are_equal(theirs: nn.Module, loaded: nn.Module, batch: tuple) -> None:
     inputs, samples = batch
     with torch.no_grad():
@@ -108,6 +111,7 @@ def test_predictions_are_equal(theirs: nn.Module, loaded: nn.Module, batch: tupl
     torch.testing.assert_close(actual.bboxes, expected.bboxes.to(actual.bboxes), rtol=0, atol=1e-3)
 
 
+@with_mmdets_dino
 def test_losses_are_equal(theirs: nn.Module, loaded: nn.Module, batch: tuple) -> None:
     torch.set_default_dtype(torch.float64)  # mmdet makes its denoising queries in the default type
     try:

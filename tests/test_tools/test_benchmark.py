@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import ROOT, options, python
+from foreign import with_mmdets_dino
 from mmdet.models.layers.transformer.dino_layers import DinoTransformerDecoder
 from mmdet.models.layers.transformer.utils import MLP
 from PIL import Image
@@ -32,7 +33,6 @@ from dino_mm.benchmark.comparison import (
 )
 from dino_mm.benchmark.gpu_parts import SMALL
 from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
-from dino_mm.compat import found_set
 from dino_mm.models.task_modules import hungarian_matcher
 
 TOOL = 'tools/benchmark.py'
@@ -40,12 +40,6 @@ CPU = torch.device('cpu')
 #: The model of `tools/gpu_report.py --small`, as options of a command.
 TINY = SMALL.base.cfg_options | {'model.neck.in_channels': '[16,32,64]'}
 RUN = ('--size', '64x96', '--threads', '1', '--repeats', '2')
-
-
-#: The forks' own DINO has other weights than MMDetection's.
-with_mmdets_dino = pytest.mark.skipif(
-    found_set().names['mmdet'] != 'mmdet', reason="the forks' DINO cannot be compared with: see the test of its error"
-)
 
 
 @pytest.fixture(scope='module')
