@@ -77,7 +77,7 @@ class DenoisingQueries(NamedTuple):
     reference: Tensor
     """(bs, num_dn, 4), noised boxes, cxcywh in [0, 1]."""
     visible: Tensor
-    """(num_dn + num_queries, num_dn + num_queries) bool, which queries each query may attend to."""
+    """(num_dn, num_dn + num_queries) bool, which queries each of them may attend to. No other query sees them."""
     num_groups: int
     targets: 'Targets'
     """The objects that each group holds; of an image with very many, some."""

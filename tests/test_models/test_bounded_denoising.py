@@ -34,7 +34,7 @@ def test_queries_and_their_memory_are_bounded() -> None:
             queries = generator(targets, 900)
         num_dn = min(2 * count, cap)
         assert queries.content.shape == (2, num_dn, 8)
-        assert queries.visible.shape == (num_dn + 900, num_dn + 900)
+        assert queries.visible.shape == (num_dn, num_dn + 900)
         assert queries.targets.counts == [num_dn // 2, 3]
         peaks[count, cap] = live.peak
     assert peaks[3000, 6000] > 6000 * 6900  # the mask alone

@@ -65,7 +65,10 @@ def test_queries_equal_the_references(num_dn: int, counts: tuple[int, int], nois
     np.testing.assert_array_equal(queries.content[..., 0].detach() - 1, expected['input_query_label_class'])
     shape = expected['attn_mask_shape']
     mask = np.unpackbits(expected['attn_mask_packed'])[: np.prod(shape)].reshape(shape).astype(bool)
-    np.testing.assert_array_equal(queries.visible, ~mask)
+    num_dn = len(queries.visible)
+    np.testing.assert_array_equal(queries.visible, ~mask[:num_dn])
+    assert (mask[num_dn:, :num_dn]).all()
+    assert not mask[num_dn:, num_dn:].any()
     reference = torch.from_numpy(expected['input_query_bbox'])
     np.testing.assert_allclose(queries.reference, reference.sigmoid(), atol=1e-6)
     # Near 0 and 1 a float32 ulp of the coordinate is up to 1e-4 of its logit.

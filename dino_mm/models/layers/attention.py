@@ -47,14 +47,21 @@ class SelfAttention(nn.Module):
 
 
 def attention_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What hides queries from one another if it is added to the logits: 0 where ``visible`` (n, n), else -inf.
+    """What hides queries from one another if it is added to the logits, (num_queries, num_queries): 0 or -inf.
 
     torch makes this of a mask of truth values too, but in each layer. Rows start at multiples of eight numbers, or the
     kernels of GPUs would copy the mask.
+
+    Args:
+        visible: (num_dn, num_queries) bool, the queries that each denoising query, of the first ones, attends to. The
+            others attend to one another.
+        dtype: Of the queries.
     """
-    length = visible.shape[1]
-    mask = torch.zeros(length, length + -length % 8, dtype=dtype, device=visible.device)[:, :length]
-    return as_autocast(mask.masked_fill_(~visible, -torch.inf))
+    num_dn, num_queries = visible.shape
+    mask = visible.new_zeros(num_queries, num_queries + -num_queries % 8, dtype=dtype)[:, :num_queries]
+    mask[:num_dn].masked_fill_(~visible, -torch.inf)
+    mask[num_dn:, :num_dn] = -torch.inf
+    return as_autocast(mask)
 
 
 class DeformableAttention(MultiScaleDeformableAttention):

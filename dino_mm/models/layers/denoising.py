@@ -42,12 +42,12 @@ def noise_boxes(boxes: Tensor, draw: Tensor, scale: float) -> Tensor:
 
 
 def visible_queries(num_groups: int, group_size: int, num_queries: int, device: torch.device) -> Tensor:
-    """What each query sees, (num_dn + num_queries, num_dn + num_queries): its own group, and the matching queries.
+    """What a denoising query sees, (num_dn, num_dn + num_queries): its own group, and the matching queries.
 
     No query sees a denoising query of another group, so ground truth cannot leak; matching queries see none at all.
     """
-    group = F.pad(torch.arange(num_groups * group_size, device=device) // group_size, (0, num_queries), value=-1)
-    return (group[:, None] == group) | (group < 0)
+    group = torch.arange(num_groups * group_size, device=device) // group_size
+    return F.pad(group[:, None] == group, (0, num_queries), value=True)
 
 
 def draw_objects(targets: Targets, most: int) -> Targets:

@@ -223,7 +223,7 @@ class DINODecoder(BaseModule):
             memory: (bs, num_tokens, dim), the encoder's output.
             tokens: For its geometry and padding mask.
             reg_branches: The head's box branches, one for each layer; they refine here and predict there.
-            visible: Where denoising queries come first, what all queries see: see :class:`DenoisingQueries`.
+            visible: Where denoising queries come first, what they see: see :class:`DenoisingQueries`.
         """
         levels, states, references = tokens.levels, [], [reference]
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]
