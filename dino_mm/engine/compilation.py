@@ -42,7 +42,7 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     if cuda_graphs:
         options = dict(mode='reduce-overhead', dynamic=False) | options
-        # Not the head is called but its branches, within the decoder: so their weights are the graph's to cast.
+        # The decoder calls the head's branches too, so their weights are for its graph to cast.
         parts = [model.backbone, model.neck, model.encoder, model.query_selector, model.decoder, model.bbox_head]
         _begin_steps(model)
     else:
