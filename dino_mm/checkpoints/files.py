@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import inspect
 import pickle
 import re
 import urllib.error
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from filelock import FileLock
@@ -21,6 +19,8 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from packaging.version import Version
 from tqdm import tqdm
+
+from dino_mm.compat import found_set
 
 from .errors import CheckpointError
 from .runner_types import RUNNER_TYPES
@@ -245,5 +245,5 @@ def _loader(trust: bool) -> Callable:
 
 # The forks' mmengine opens a file that is more than data all the same, and so runs the code in it. It would in an
 # inferencer, which none of our tools has prepared.
-if 'Falling back to' in inspect.getsource(mmengine.runner.checkpoint):
+if found_set().names['mmengine'] == 'onedl-mmengine':
     register_safe_loaders()

@@ -28,8 +28,8 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
 
     Args:
         model: The detector.
-        cuda_graphs: For tests on a GPU: backbone, neck, encoder, query selection and decoder are compiled as wholes,
-            for each size of batches anew, and replayed as CUDA graphs.
+        cuda_graphs: For tests on a GPU: backbone, neck, encoder, query selection, decoder and head are compiled as
+            wholes, for each size of batches anew, and replayed as CUDA graphs.
         options: Those of ``torch.compile``, such as ``backend``; ``dynamic`` is True but for ``cuda_graphs``.
 
     Raises:
