@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -31,6 +32,10 @@ from .safe_files import NO_ROOM, NO_WAY, writable_file, writable_folder
 
 #: What tells the number of a process, by launcher.
 RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
+#: What gloo says where another process has closed its connection.
+LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')
+#: Seconds in which torchrun, which looks every tenth of one, notices that a process has died.
+GRACE = 3.0
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,9 +179,18 @@ def _launcher_is_told() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _is_lost_connection(error):
+            time.sleep(GRACE)  # another process has died, which the launcher is to notice before it reads of this one
         with suppress(OSError):  # the first error counts
             get_error_handler().record_exception(error)  # does nothing where torchrun has not started the process
         raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether an error only says that another process is gone."""
+    if not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST)
 
 
 def _leave_together() -> None:

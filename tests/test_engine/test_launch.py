@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed
 from mmengine.config import Config
 
 from dino_mm.checkpoints.errors import CheckpointError
+from dino_mm.engine import launch
 from dino_mm.engine.launch import _write_safely, ends_cleanly
 
 
@@ -30,6 +32,30 @@ def test_gloo_s_threads_end_before_the_program() -> None:
 
 
 @pytest.mark.usefixtures('_group')
+@pytest.mark.parametrize(
+    ('error', 'waits'),
+    [
+        (RuntimeError('[pair.cc:545] Read error [127.0.0.1]:1707: Connection reset by peer. This is typically'), True),
+        (RuntimeError('[pair.cc:534] Connection closed by peer [127.0.0.1]:20342'), True),
+        (torch.distributed.DistBackendError('NCCL error: remote process exited or there was a network error'), True),
+        (RuntimeError('CUDA out of memory'), False),
+        (ValueError('a fault of its own'), False),
+    ],
+)
+@pytest.mark.parametrize('processes', [1, 2])
+def test_who_has_lost_another_process_speaks_after_it(
+    error: Exception, waits: bool, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher takes the first that it hears of for the cause."""
+    done: list[object] = []
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: processes > 1)
+    monkeypatch.setattr(launch.time, 'sleep', done.append)
+    monkeypatch.setattr(launch, 'get_error_handler', lambda: SimpleNamespace(record_exception=done.append))
+    with pytest.raises(type(error)), launch.ends_cleanly():
+        raise error
+    assert done == [*([launch.GRACE] if waits and processes > 1 else []), error]
+
+
 def test_a_checkpoint_s_error_does_not_wait_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may never come to a barrier."""
     monkeypatch.setattr(torch.distributed, 'barrier', lambda: pytest.fail('waits'))
