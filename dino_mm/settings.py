@@ -92,7 +92,9 @@ def _refuse_misspelt(config: Config, options: Mapping[str, Any]) -> None:
         root = key.partition('.')[0]
         close = [] if root in known else difflib.get_close_matches(root, known, 1, 0.8)
         if close:
-            raise SettingError(f'{config.filename} has no key `{root}`, which would have no effect: `{close[0]}`?')
+            raise SettingError(
+                f'{config.filename} has no key `{root}`, so the option would have no effect. Did you mean `{close[0]}`?'
+            )
 
 
 def _require_one_length(config: Config, options: Mapping[str, Any]) -> None:

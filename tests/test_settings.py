@@ -226,7 +226,9 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
     ],
 )
 def test_a_misspelt_option_is_refused(key: str, meant: str) -> None:
-    with pytest.raises(SettingError, match=f'dino_digits.py has no key `{key.split(".")[0]}`.*: `{meant}`\\?$'):
+    with pytest.raises(
+        SettingError, match=f'dino_digits.py has no key `{key.split(".")[0]}`.*Did you mean `{meant}`\\?$'
+    ):
         read_config(dino_mm.cfg('dino_digits'), {key: 3})
 
 
