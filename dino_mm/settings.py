@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     named = [name for name in SETTINGS if options.get(name) is not None]
     if named and not has_settings(config):
         raise SettingError(f'{path}: `{named[0]}` is a setting of configs that inherit dino_mm. This one does not.')
-    _refuse_misspelt(config, options)
+    _refuse_misspelt_options(config, options)
     for name, other in (('epochs', 'max_iters'), ('max_iters', 'epochs')):
         if name in named:
             options.setdefault(other, None)
@@ -83,18 +84,42 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     return config
 
 
-def _refuse_misspelt(config: Config, options: Mapping[str, Any]) -> None:
+def _refuse_misspelt_options(config: Config, options: Mapping[str, Any]) -> None:
     """Raise SettingError if an option would make a new key that looks like one that is there, and have no effect."""
-    from mmengine.runner import Runner
-
-    known = {*config, *inspect.signature(Runner.__init__).parameters}
+    known = {*config, *_keys_of_runner()}
     for key in options:
         root = key.partition('.')[0]
-        close = [] if root in known else difflib.get_close_matches(root, known, 1, 0.8)
-        if close:
+        meant = _nearest(root, known)
+        if meant is not None:
             raise SettingError(
-                f'{config.filename} has no key `{root}`, so the option would have no effect. Did you mean `{close[0]}`?'
+                f'{config.filename} has no key `{root}`, so the option would have no effect. Did you mean `{meant}`?'
             )
+
+
+def _refuse_misspelt_keys(config: Config) -> None:
+    """Raise SettingError if a file sets what looks like a setting or a key of the runner, and nothing reads it.
+
+    Configs may have variables of any name, but then another line reads them. A config without a base, as a run writes
+    it down, states what its variables led to, and may keep them.
+    """
+    if '_base_' not in config.text:
+        return
+    known = {*SETTINGS, *_keys_of_runner()}
+    for key in config:
+        meant = _nearest(key, known)
+        if meant is not None and len(re.findall(rf'\b{re.escape(key)}\b', config.text)) == 1:
+            raise SettingError(f'{config.filename}: nothing reads `{key}`. Did you mean `{meant}`?')
+
+
+def _keys_of_runner() -> tuple[str, ...]:
+    from mmengine.runner import Runner
+
+    return tuple(inspect.signature(Runner.__init__).parameters)
+
+
+def _nearest(key: str, known: Collection[str]) -> str | None:
+    """The known key that a misspelt one may mean; None for a known one, and if there is none."""
+    return None if key in known else next(iter(difflib.get_close_matches(key, known, 1, 0.8)), None)
 
 
 def _require_one_length(config: Config, options: Mapping[str, Any]) -> None:
@@ -115,10 +140,11 @@ def apply_settings(config: Config) -> None:
         config: A config that inherits ours.
 
     Raises:
-        SettingError: A setting is no positive whole number, ``epochs`` and ``max_iters`` are both set, or the config
-            has no place for one.
+        SettingError: A setting is no positive whole number, ``epochs`` and ``max_iters`` are both set, the config has
+            no place for one, or a key of its file is misspelt.
     """
     file = config.filename or 'the config'
+    _refuse_misspelt_keys(config)
     for name in SETTINGS:
         value = config[name]
         if value is not None and (type(value) is not int or value < 1):

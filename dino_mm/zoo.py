@@ -100,7 +100,8 @@ def get_model(
     Args:
         name: A model of :func:`list_models`, another shipped config, or the path of a config file.
         checkpoint: Path or address of any DINO's checkpoint; ``'zoo'`` is the one that the zoo names. Files are opened
-            safely: tensors and plain values, no code. None leaves the weights as the constructor draws them.
+            safely: tensors and plain values, no code. A training's folder stands for its best checkpoint. None leaves
+            the weights as the constructor draws them.
         num_classes: Number of classes; by default the checkpoint's, without one the config's.
         classes: Their names, which state their number too. Classes that the checkpoint has by the same name keep its
             weights, the others start anew. By default the checkpoint's names, or the config's.

@@ -213,23 +213,37 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ('key', 'meant'),
-    [
-        ('imagesize', 'image_size'),
-        ('epoch', 'epochs'),
-        ('max_iter', 'max_iters'),
-        ('batchsize', 'batch_size'),
-        ('modell.num_queries', 'model'),
-        ('load_form', 'load_from'),
-        ('custom_hook', 'custom_hooks'),
-    ],
-)
+#: Misspelt key -> the one that is meant.
+MISSPELT = {
+    'imagesize': 'image_size',
+    'epoch': 'epochs',
+    'max_iter': 'max_iters',
+    'batchsize': 'batch_size',
+    'load_form': 'load_from',
+    'custom_hook': 'custom_hooks',
+}
+
+
+@pytest.mark.parametrize(('key', 'meant'), [*MISSPELT.items(), ('modell.num_queries', 'model')])
 def test_a_misspelt_option_is_refused(key: str, meant: str) -> None:
-    with pytest.raises(
-        SettingError, match=f'dino_digits.py has no key `{key.split(".")[0]}`.*Did you mean `{meant}`\\?$'
-    ):
+    said = f'dino_digits.py has no key `{key.split(".")[0]}`.*Did you mean `{meant}`\\?$'
+    with pytest.raises(SettingError, match=said):
         read_config(dino_mm.cfg('dino_digits'), {key: 3})
+
+
+@pytest.mark.parametrize(('key', 'meant'), MISSPELT.items())
+def test_a_misspelt_key_of_a_file_is_refused(key: str, meant: str, tmp_path: Path) -> None:
+    path = child(tmp_path, f'{key} = 3')
+    with pytest.raises(SettingError, match=f'^{path}: nothing reads `{key}`. Did you mean `{meant}`\\?$'):
+        Config.fromfile(path)
+
+
+def test_variables_of_a_file_may_have_any_name(tmp_path: Path) -> None:
+    """Where a line reads them; what a run writes down keeps them without that line."""
+    config = Config.fromfile(child(tmp_path, 'epoch = 3\nepochs = epoch\nnote = 1'))
+    assert (config.epochs, config.train_cfg.max_epochs) == (3, 3)
+    config.dump(tmp_path / 'dumped.py')
+    assert Config.fromfile(tmp_path / 'dumped.py').epoch == 3
 
 
 def test_options_may_bring_keys_of_their_own() -> None:

@@ -14,7 +14,11 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('model', metavar='MODEL', help='name of a shipped config, or the path of a config')
-    parser.add_argument('--checkpoint', metavar='FILE', help="path or address of any DINO's checkpoint, or `zoo`")
+    parser.add_argument(
+        '--checkpoint',
+        metavar='FILE',
+        help="path or address of any DINO's checkpoint, a training's folder (its best one), or `zoo`",
+    )
     parser.add_argument('--out', type=Path, metavar='FILE', help='MODEL with the ending of the format by default')
     parser.add_argument('--format', type=known_format, default='onnx', metavar='|'.join(FORMATS), help='of the file')
     parser.add_argument('--dynamic', default='', metavar='batch,size', help='what changes from call to call')

@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         help="picture, folder, pattern such as 'data/**/*.jpg', video, address, or number of a webcam",
     )
-    add('--weights', required=True, help="path or address of a checkpoint, or 'zoo'")
+    add(
+        '--weights', required=True, help="path or address of a checkpoint, a training's folder (its best one), or 'zoo'"
+    )
     add('--out', type=Path, default=Path('work_dirs/predict'), help='folder for all results (%(default)s)')
     add('--save', nargs='+', choices=FORMATS, default=[], metavar='FORMAT', help=f'also as {", ".join(FORMATS)}')
     add('--no-pictures', action='store_true', help='write no annotated pictures and videos')

@@ -20,7 +20,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument(
-        'checkpoint', help='path or address of a checkpoint: ours, of detrex, of IDEA-Research/DINO or of MMDetection'
+        'checkpoint',
+        help='path or address of a checkpoint: ours, of detrex, of IDEA-Research/DINO or of MMDetection; '
+        "or a training's folder, for its best one",
     )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--report', metavar='DIR', help='write the predictions and a report on them into this folder')

@@ -1,6 +1,7 @@
 """Train a detector: ``dino-mm train CONFIG``."""
 
 import argparse
+from pathlib import Path
 
 import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
@@ -38,6 +39,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_hours is not None and not args.max_hours > 0:
         parser.error(f'--max-hours {args.max_hours:g}: it must be above 0')
+    if args.resume not in (None, AUTO) and Path(args.resume).is_dir():
+        parser.error(
+            f'--resume {args.resume}: a folder. Name a checkpoint in it; without a name, it is the newest of --work-dir'
+        )
     return args
 
 

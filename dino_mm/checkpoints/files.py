@@ -60,6 +60,7 @@ def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) ->
 
     Args:
         location: A path, an ``http(s)://`` or a ``detectron2://`` address; ``.pkl`` is detectron2's format of arrays.
+            Of a training's folder it is the best checkpoint, see :func:`best_in`.
         trust: Run the code that the file may contain, as full unpickling does.
         lazily: Read tensors of torch's format when they are used, and not at all otherwise.
 
@@ -67,6 +68,8 @@ def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) ->
         CheckpointError: No such file, no checkpoint, a truncated one, or one that needs ``trust``.
     """
     path = fetch(location) if '://' in location else Path(location).expanduser()
+    if path.is_dir():
+        path = best_in(path)
     if not path.is_file():
         raise CheckpointError(f'{location}: there is no such file.')
     broken = f'not a checkpoint, or a truncated one ({path.stat().st_size} bytes); delete {path} and fetch it again.'
@@ -79,6 +82,22 @@ def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) ->
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{location}: holds a {type(content).__name__}, not a state dict.')
     return dict(content)
+
+
+def best_in(folder: Path) -> Path:
+    """The checkpoint to use of a training's folder: the best one by validation, else the last.
+
+    Of several best ones, as of several trainings, it is the newest.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = [path for path in folder.glob('*.pth') if not path.name.startswith('.')]
+    if not found:
+        raise CheckpointError(f'{folder}: there is no checkpoint (*.pth) in this folder.')
+    best = max(found, key=lambda path: (path.name.startswith('best_'), path.stat().st_mtime))
+    print_log(f'Takes {best}', logger='current')
+    return best
 
 
 def _read_tensors(path: Path, trust: bool, lazily: bool) -> Any:

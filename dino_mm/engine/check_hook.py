@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import nn
 
 from dino_mm.registry import HOOKS
+from dino_mm.settings import SettingError
 
 from ..datasets.coco import CheckedCocoDataset
 from .loops import require_epochs_that_end, require_equal_batches
@@ -24,19 +27,34 @@ class CheckRunHook(Hook):
 
         Raises:
             AnnotationError: Pictures are missing.
-            SettingError: The sampler never ends, so neither does an epoch; or an epoch has no batch, or not equally
-                many in each process.
+            SettingError: The model has another number of classes than a data set; the sampler never ends, so neither
+                does an epoch; or an epoch has no batch, or not equally many in each process.
         """
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             require_epochs_that_end(runner.train_loop)
             require_equal_batches(runner.train_loop)
         loops = [runner.train_loop] if runner.val_loop is None else [runner.train_loop, runner.val_loop]
         for loop in loops:
+            require_classes(runner.model, loop.dataloader.dataset)
             require_pictures(loop.dataloader.dataset)
 
     def before_test(self, runner: Runner) -> None:
         """Check the test's pictures."""
         require_pictures(runner.test_loop.dataloader.dataset)
+
+
+def require_classes(model: nn.Module, dataset: Any) -> None:
+    """Raise SettingError if a detector has another number of classes than a data set, or than one that it wraps."""
+    detector = model.module if is_model_wrapper(model) else model
+    number = getattr(getattr(detector, 'bbox_head', None), 'num_classes', None)
+    for part in parts_of(dataset):
+        classes = getattr(part, 'metainfo', {}).get('classes')
+        if number is not None and isinstance(classes, tuple | list) and len(classes) != number:
+            names = ', '.join(map(str, classes[:5])) + (', ...' if len(classes) > 5 else '')
+            raise SettingError(
+                f'`model.bbox_head.num_classes` is {number}, but the data set has {len(classes)} classes ({names}). '
+                "State them in each data set's `metainfo=dict(classes=(...))`, and their number in the model."
+            )
 
 
 def require_pictures(dataset: Any) -> None:

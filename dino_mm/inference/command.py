@@ -31,7 +31,7 @@ class Request:
 
     Attributes:
         model: Name of a shipped config, or path of a config.
-        weights: Path or address of a checkpoint, or 'zoo'.
+        weights: Path or address of a checkpoint, a training's folder, or 'zoo'.
         sources: See :func:`~dino_mm.inference.sources.find_sources`.
         out: Folder for the results.
         formats: Of ``outputs.FORMATS``.

@@ -20,7 +20,7 @@ from torch import nn
 
 from dino_mm.checkpoints import files
 from dino_mm.checkpoints.errors import CheckpointError
-from dino_mm.checkpoints.files import fetch, open_checkpoint
+from dino_mm.checkpoints.files import fetch, open_checkpoint, register_safe_loaders
 
 TENSORS = {'a.weight': torch.arange(6.0).view(2, 3), 'b': torch.tensor(5)}
 
@@ -125,6 +125,20 @@ def test_truncated(tmp_path: Path, kept: float) -> None:
     with pytest.raises(CheckpointError, match='truncated') as error:
         open_checkpoint(str(path))
     assert '\n' not in str(error.value)
+
+
+def test_the_best_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    """Without a best one the last; of several the newest; what is being written is none."""
+    with pytest.raises(CheckpointError, match=f'^{tmp_path}: there is no checkpoint'):
+        open_checkpoint(str(tmp_path))
+    for seconds, name in enumerate(('iter_9.pth', 'iter_20.pth', 'best_ap_9.pth', 'best_ap_5.pth', '.iter_30.pth')):
+        os.utime(save(tmp_path / name, dict(state_dict=TENSORS, name=name)), (seconds, seconds))
+        expected = 'best_ap_5.pth' if name == '.iter_30.pth' else name
+        assert open_checkpoint(str(tmp_path))['name'] == expected
+    os.utime(tmp_path / 'iter_9.pth', (99, 99))
+    assert open_checkpoint(str(tmp_path))['name'] == 'best_ap_5.pth'
+    register_safe_loaders()
+    assert CheckpointLoader.load_checkpoint(str(tmp_path))['name'] == 'best_ap_5.pth'
 
 
 def test_other_content(tmp_path: Path) -> None:

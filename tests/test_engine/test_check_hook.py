@@ -57,6 +57,20 @@ def test_training_does_not_start_with_faulty_validation_annotations(damage: str,
     assert 'Iter(train)' not in done.stdout
 
 
+def test_training_does_not_start_with_another_number_of_classes(data: Path, tmp_path: Path) -> None:
+    settings = options(TINY | data_options(data) | {'model.bbox_head.num_classes': 3})
+    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    assert done.stderr.splitlines()[-1].startswith(
+        'error: `model.bbox_head.num_classes` is 3, but the data set has 10 classes (0, 1, 2, 3, 4, ...). '
+    )
+    assert 'Traceback' not in done.stderr
+
+
+def test_resuming_needs_a_file(tmp_path: Path) -> None:
+    done = python('tools/train.py', CONFIG, '--resume', tmp_path, status=2)
+    assert f'error: --resume {tmp_path}: a folder. Name a checkpoint in it' in done.stderr
+
+
 def test_wrapped_data_sets_are_checked(data: Path) -> None:
     (data / 'val' / '000000.png').unlink()
     options = dict(data_root=str(data), metainfo=dict(classes=tuple('0123456789')), pipeline=[])

@@ -120,8 +120,11 @@ def pad_to_stride(module: Downsample, args: tuple[Tensor]) -> tuple[Tensor]:
 
     FocalNet was published so, and its global context is a mean over the padded map; timm drops the rest instead.
     """
+    stride = module.stride
     height, width = args[0].shape[-2:]
-    return (F.pad(args[0], (0, -width % module.stride, 0, -height % module.stride)),)
+    # Not `-height % stride`: torch.export works for minutes on the sizes that four of these in a row make.
+    down, right = ((side + stride - 1) // stride * stride - side for side in (height, width))
+    return (F.pad(args[0], (0, right, 0, down)),)
 
 
 def normalize_channels(norm: nn.Module, x: Tensor) -> Tensor:
