@@ -174,3 +174,12 @@ def test_families(family: str, format: str, tmp_path: Path) -> None:
     model = build(family, tmp_path)
     path = export_detector(model, tmp_path / 'model', format, dynamic=BOTH, tell=list)
     assert_equal(loaded(path, model, format), model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sizes_of_padded_stages_stay_simple_for_torch_export(tmp_path: Path) -> None:
+    """FocalNet rounds its sizes up four times in a row, which torch.export once thought about for minutes."""
+    model = build('focalnet', tmp_path)
+    path = export_detector(model, tmp_path / 'm.onnx', dynamic=BOTH, opset=18, dynamo=True, tell=list)
+    assert_equal(loaded(path, model), model)
