@@ -10,12 +10,15 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from commands import ROOT
 
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -33,10 +36,21 @@ CHANGES = ('os.rename', 'os.remove', 'open')
 class Tool:
     """A tool that runs: ``pid``, ``output()`` so far, ``wait()`` for its exit status."""
 
-    def __init__(self, output: Path, *command: str | Path, fault: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *command: str | Path,
+        fault: Callable[[], None] | None = None,
+        errors: Path | None = None,
+        cwd: Path = ROOT,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self._output = output
-        output.touch()
-        self._process = CONTEXT.Process(target=_run, args=(str(output), [str(one) for one in command], fault))
+        files = output, errors or output
+        for file in files:
+            file.touch()
+        words = [str(one) for one in command]
+        self._process = CONTEXT.Process(target=_run, args=(files, words, cwd, env or {}, fault))
         self._process.start()
         self.pid = self._process.pid
 
@@ -50,6 +64,12 @@ class Tool:
         assert self._process.exitcode is not None, f'does not end\n{self.output()[-3000:]}'
         assert status in (None, self._process.exitcode), f'{self._process.exitcode}\n{self.output()[-5000:]}'
         return self.output()
+
+    @property
+    def status(self) -> int:
+        """Its exit status, once it has ended; a signal's number is negative."""
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
     def kill(self) -> None:
         """As ``kill -9`` does."""
@@ -65,11 +85,25 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def _run(output: str, command: list[str], fault: Callable[[], None] | None) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(ROOT)
+def run_tool(*command: str | Path, cwd: Path = ROOT, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a tool to its end, as ``commands.python`` does; variables that torch reads when it is imported come late."""
+    with TemporaryDirectory() as folder:
+        output, errors = Path(folder, 'output'), Path(folder, 'errors')
+        process = Tool(output, *command, errors=errors, cwd=cwd, env=env)
+        process.wait(None)
+        done = subprocess.CompletedProcess(command, process.status, output.read_text(), errors.read_text())
+    assert done.returncode == status, f'{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
+    return done
+
+
+def _run(
+    files: tuple[Path, Path], command: list[str], cwd: Path, env: dict[str, str], fault: Callable[[], None] | None
+) -> None:
+    for number, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(env)
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    os.chdir(cwd)
     sys.argv = command
     if fault is not None:
         fault()

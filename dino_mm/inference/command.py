@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -81,7 +82,7 @@ def predict_to_folder(request: Request) -> int:
     Raises:
         UsageError: Before anything is written, or where writing fails.
     """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its complaints on videos; ours name the file
+    _silence_opencv()
     with _one_line(CheckpointError, OSError, ValueError, ImportError):
         find_config(request.model)
         check_numbers(request.score_thr, request.batch_size, request.tiles, request.overlap)
@@ -145,6 +146,12 @@ def _run(detector: Detector, sources: Sequence[Source], request: Request) -> Out
         if not outcome.frames:
             raise UsageError('Nothing could be read, so nothing is written.')
     return outcome
+
+
+def _silence_opencv() -> None:
+    """No complaints of OpenCV on videos: ours name the file."""
+    own: Any = cv2  # the function is elsewhere in OpenCV 5
+    (own.setLogLevel if hasattr(own, 'setLogLevel') else own.utils.logging.setLogLevel)(0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coco_cases import BOXES, CLASSES, build, clean, objects, write
-from commands import python
+from forked import run_tool
 from PIL import Image
 from test_coco_file import FAULTS, HARMLESS, changed
 
@@ -157,7 +157,7 @@ def test_the_command_draws_fixes_and_exits_1_with_faults(tmp_path: Path) -> None
     path = write(tmp_path, clean())
     picture = tmp_path / 'out' / 'check.png'
     tool = ('tools/check_dataset.py', path, tmp_path, '--picture', picture)
-    done = python(*tool, '--classes', *CLASSES)
+    done = run_tool(*tool, '--classes', *CLASSES)
     assert '3 images, 5 objects of 3 of 3 classes' in done.stdout
     drawn = np.array(Image.open(picture))
     assert drawn.shape[0] > 1200
@@ -165,16 +165,16 @@ def test_the_command_draws_fixes_and_exits_1_with_faults(tmp_path: Path) -> None
     broken = clean()
     broken['annotations'][0]['category_id'] = 77
     write(tmp_path, broken)
-    done = python(*tool, status=1)
+    done = run_tool(*tool, status=1)
     assert 'FAULT  1 annotations whose `category_id` no category has' in done.stdout
-    done = python(*tool, '--fix', tmp_path / 'fixed.json')
+    done = run_tool(*tool, '--fix', tmp_path / 'fixed.json')
     assert 'written' in done.stdout
     assert len(json.loads((tmp_path / 'fixed.json').read_text())['annotations']) == 4
     write(tmp_path, '{"images": [')
-    done = python(*tool, status=1)
+    done = run_tool(*tool, status=1)
     assert done.stderr.splitlines()[-1].startswith('- 1 places where the JSON breaks off')
     assert 'Traceback' not in done.stderr
-    done = python('tools/check_dataset.py', path, tmp_path / 'none', status=1)
+    done = run_tool('tools/check_dataset.py', path, tmp_path / 'none', status=1)
     assert f'error: There is no folder {tmp_path}/none' in done.stderr
 
 

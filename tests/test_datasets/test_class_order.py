@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, TINY, options, python, scalars
+from forked import run_tool
 
 from dino_mm.datasets.digits import CLASSES as DIGITS
 from dino_mm.datasets.digits import make_digits
@@ -89,7 +90,7 @@ def test_rows_in_reverse_train_evaluate_and_name_alike(source: str, tmp_path: Pa
     logs = []
     for data in (root, other):
         config = write_config(classes, data)
-        python('tools/train.py', config, '--work-dir', data / 'work', *options(settings(classes, data)))
+        run_tool('tools/train.py', config, '--work-dir', data / 'work', *options(settings(classes, data)))
         lines = scalars(data / 'work')
         logs.append([{k: v for k, v in line.items() if 'loss' in k or 'coco' in k} for line in lines])
     assert logs[0] == logs[1]
@@ -109,7 +110,7 @@ def test_rows_in_reverse_train_evaluate_and_name_alike(source: str, tmp_path: Pa
         'default_hooks.checkpoint.interval': 1,
     }
     config = write_config(turned, tmp_path)
-    done = python('tools/train.py', config, '--work-dir', tmp_path / 'transfer', *options(changes))
+    done = run_tool('tools/train.py', config, '--work-dir', tmp_path / 'transfer', *options(changes))
     last = len(classes) - 1
     for row, name in enumerate(turned):
         assert f'{name} <- {name} (row {last - row})' in ' '.join((done.stdout + done.stderr).split())

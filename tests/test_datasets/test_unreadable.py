@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, TINY, options, python
+from commands import TINY, options
 from faults import SMALLER, write_config
+from forked import run_tool
 from mmengine import fileio
 from mmengine.logging import MMLogger
 from test_coco import annotation, build, write
@@ -144,8 +145,8 @@ def test_a_training_goes_on_and_ends_with_one_line_where_there_are_too_many(tmp_
     settings |= {'train_dataloader.batch_size': 4}
     damage(data / 'train' / '000004.png', 'text')
     damage(data / 'train' / '000003.png', 'truncated')
-    env = dict(PYTHONPATH=f'{ROOT}:{ROOT}/tests', OMP_NUM_THREADS='1')
-    done = python(*('tools/train.py', config, '--work-dir', tmp_path / 'run', *options(settings)), status=1, **env)
+    command = ('tools/train.py', config, '--work-dir', tmp_path / 'run', *options(settings))
+    done = run_tool(*command, status=1, OMP_NUM_THREADS='1')
     assert (done.stdout + done.stderr).count('Image id 4 is skipped') == 1
     assert 'Iter(train) [  2/200]' in done.stdout
     last = done.stderr.splitlines()[-1]

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import TINY, data_options, options, python
+from commands import TINY, data_options, options
+from forked import run_tool
 from mmengine.dataset import ConcatDataset, RepeatDataset
 
 from dino_mm.datasets.coco import CheckedCocoDataset
@@ -23,7 +24,7 @@ def data(tmp_path: Path) -> Path:
 def test_training_does_not_start_without_a_picture(part: str, data: Path, tmp_path: Path) -> None:
     (data / part / '000001.png').unlink()
     settings = options(TINY | data_options(data))
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
     assert 'error: ' in done.stderr
     assert 'Traceback' not in done.stderr
     assert '1 images whose picture is missing' in done.stderr
@@ -35,7 +36,7 @@ def test_training_does_not_start_without_a_picture(part: str, data: Path, tmp_pa
 def test_configs_without_the_hook_are_checked_by_our_tools(data: Path, tmp_path: Path) -> None:
     (data / 'val' / '000001.png').unlink()
     settings = options(TINY | data_options(data) | {'default_hooks.checks.type': 'IterTimerHook'})
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
     assert '1 images whose picture is missing' in done.stderr
 
 
@@ -49,7 +50,7 @@ def test_training_does_not_start_with_faulty_validation_annotations(damage: str,
         content['annotations'][0]['image_id'] = 99
     path.write_text(json.dumps(content)[: -9 if damage == 'json' else None])
     settings = options(TINY | data_options(data))
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
     words = {'class': 'no categories 3', 'json': 'JSON breaks off', 'reference': 'image_id 99'}[damage]
     assert words in done.stderr
     assert str(path) in done.stderr
@@ -59,7 +60,7 @@ def test_training_does_not_start_with_faulty_validation_annotations(damage: str,
 
 def test_training_does_not_start_with_another_number_of_classes(data: Path, tmp_path: Path) -> None:
     settings = options(TINY | data_options(data) | {'model.bbox_head.num_classes': 3})
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path / 'work', *settings, status=1)
     assert done.stderr.splitlines()[-1].startswith(
         'error: `model.bbox_head.num_classes` is 3, but the data set has 10 classes (0, 1, 2, 3, 4, ...). '
     )
@@ -67,7 +68,7 @@ def test_training_does_not_start_with_another_number_of_classes(data: Path, tmp_
 
 
 def test_resuming_needs_a_file(tmp_path: Path) -> None:
-    done = python('tools/train.py', CONFIG, '--resume', tmp_path, status=2)
+    done = run_tool('tools/train.py', CONFIG, '--resume', tmp_path, status=2)
     assert f'error: --resume {tmp_path}: a folder. Name a checkpoint in it' in done.stderr
 
 

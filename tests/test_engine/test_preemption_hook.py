@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, TINY, options, python, run
+from commands import ROOT, TINY, options, run
 from faults import SMALLER, tiny, write_config
+from forked import run_tool
 from mmengine.runner import Runner
 
 import dino_mm
@@ -109,7 +110,7 @@ def test_a_signal_to_all_processes_saves_and_the_training_goes_on_exactly(data: 
     assert [path.name for path in folder.glob('*.pth')] == [f'iter_{stopped}.pth']
     assert read(folder / f'iter_{stopped}.pth')['meta']['iter'] == stopped
     length = {'train_cfg.max_iters': stopped + 2}
-    python(*command, '--resume', *options(settings | length), **ENV)
+    run_tool(*command, '--resume', *options(settings | length), **ENV)
     train(data, tmp_path / 'straight', [], **RARE, **length)
     assert_same_weights(folder / f'iter_{stopped + 2}.pth', tmp_path / 'straight' / f'iter_{stopped + 2}.pth')
 

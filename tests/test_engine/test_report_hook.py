@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import TINY, data_options, options, python
+from commands import TINY, data_options, options
+from forked import run_tool
 from mmengine.config import Config
 
 import dino_mm
@@ -27,7 +28,7 @@ def test_report_after_a_test(tmp_path: Path) -> None:
     torch.save(dict(state_dict=MODELS.build(config.model).state_dict()), tmp_path / 'model.pth')
     out = tmp_path / 'new' / 'report'
     arguments = ('--work-dir', tmp_path / 'work', '--report', out, *options(settings))
-    done = python('tools/test.py', 'configs/dino-demo/dino_digits.py', tmp_path / 'model.pth', *arguments)
+    done = run_tool('tools/test.py', 'configs/dino-demo/dino_digits.py', tmp_path / 'model.pth', *arguments)
     assert f'Report: {out}/report.html' in done.stdout + done.stderr
     ap = re.search(r'coco/bbox_mAP: (0\.\d{4})', done.stdout + done.stderr)
     assert ap is not None

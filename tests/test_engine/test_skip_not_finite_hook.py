@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, TINY, options, python
+from commands import ROOT, TINY, options
 from faults import tiny, write_config
+from forked import run_tool
 from mmengine.runner import Runner
 
 from dino_mm.datasets.digits import make_digits
@@ -152,7 +153,7 @@ def test_several_optimizers_are_refused() -> None:
 def test_the_tool_ends_with_one_line(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / 'config.py', data, [fault('nan_picture', *range(3, 30))])
     settings = options(TINY | {'train_cfg.max_iters': 20, 'train_cfg.val_interval': 100})
-    done = python('tools/train.py', config, '--work-dir', tmp_path / 'run', *settings, status=1, **ENV)
+    done = run_tool('tools/train.py', config, '--work-dir', tmp_path / 'run', *settings, status=1, **ENV)
     assert done.stderr.splitlines()[-1].startswith('error: Training ends at iteration 12: 10 steps in a row')
     assert 'Traceback' not in done.stderr
     saved = read(tmp_path / 'run', 10)

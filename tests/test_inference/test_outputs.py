@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import python
 from detectors import CLASSES, SquareDetector, cut, picture_of, tiny_model, write_tiny, write_video
+from forked import run_tool
 from numpy.typing import NDArray
 from PIL import Image
 from test_env import without
@@ -308,7 +309,7 @@ def test_by_the_command_line(folder: Path) -> None:
     config, weights = write_tiny(folder)
     tool = Path(__file__).parents[2] / 'tools' / 'predict.py'
     arguments = (config, 'in', '--weights', weights, '--out', 'out', '--score-thr', '0', '--device', 'cpu')
-    done = python(tool, *arguments, '--save', 'coco', '--classes', 'car', 'bus', '--batch-size', '2', cwd=folder)
+    done = run_tool(tool, *arguments, '--save', 'coco', '--classes', 'car', 'bus', '--batch-size', '2', cwd=folder)
     assert done.stdout.splitlines()[-1].startswith('5 pictures, ')
     file = json.loads((folder / 'out/predictions.json').read_text())
     assert {annotation['category_id'] for annotation in file['annotations']} <= {2, 5}

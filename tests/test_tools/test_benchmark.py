@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, options, python
+from commands import ROOT, options
 from foreign import with_mmdets_dino
+from forked import run_tool
 from mmdet.models.layers.transformer.dino_layers import DinoTransformerDecoder
 from mmdet.models.layers.transformer.utils import MLP
 from PIL import Image
@@ -246,7 +247,7 @@ def test_a_dino_with_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @with_mmdets_dino
 def test_training_step_and_inference(tmp_path: Path) -> None:
     out = tmp_path / 'report.json'
-    done = python(TOOL, *RUN, '--out', out, *options(TINY))
+    done = run_tool(TOOL, *RUN, '--out', out, *options(TINY))
     report = json.loads(out.read_text())
     assert set(report) == {'environment', 'command', 'repeats', 'results'}
     assert report['environment']['torch'] == torch.__version__
@@ -284,7 +285,7 @@ def test_components_growth_and_picture(tmp_path: Path) -> None:
     out, picture = tmp_path / 'report.json', tmp_path / 'new' / 'growth.png'
     parts = ('denoising', 'matching-and-loss')
     arguments = ('--component', *parts, '--sweep', 'boxes=8,2', '--out', out, '--picture', picture)
-    python(TOOL, *RUN, *arguments, *options(TINY))
+    run_tool(TOOL, *RUN, *arguments, *options(TINY))
     base, again, more = json.loads(out.read_text())['results']
     assert (again['axis'], again['position'], again['label']) == ('boxes', 8, '8')
     assert again['measures'] == base['measures']  # not measured twice

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TINY, data_options, options, python
+from commands import TINY, data_options, options
 from foreign import as_detrex
+from forked import run_tool
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -35,7 +36,7 @@ def detrex(r50: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_converts_without_a_config(r50: torch.nn.Module, detrex: Path, tmp_path: Path) -> None:
-    done = python(TOOL, detrex, tmp_path / 'out.pth', '--tensors')
+    done = run_tool(TOOL, detrex, tmp_path / 'out.pth', '--tensors')
     lines = [line for line in done.stdout.splitlines() if 'OneDL' not in line]  # what the forks print
     assert lines[0].startswith(
         'checkpoint  a DINO detector of detrex, ResNet (detectron2 names), 6 encoder and 6 decoder'
@@ -61,11 +62,11 @@ def test_inspect_writes_nothing_and_backbones_need_a_config(detrex: Path, tmp_pa
     backbone = {name.removeprefix('backbone.'): t for name, t in checkpoint.items() if name.startswith('backbone.')}
     path = tmp_path / 'backbone.pth'
     torch.save(dict(model=backbone, args=argparse.Namespace(lr=1)), path)
-    done = python(TOOL, path, '--inspect', status=1)
+    done = run_tool(TOOL, path, '--inspect', status=1)
     assert done.stderr.splitlines()[-1] == (
         f'{path}: A bare backbone, ResNet (detectron2 names): give a config with its size with --config.'
     )
-    done = python(TOOL, path, '--inspect', '--config', CONFIG)
+    done = run_tool(TOOL, path, '--inspect', '--config', CONFIG)
     assert [line for line in done.stdout.splitlines() if 'OneDL' not in line][:3] == [
         'checkpoint  a bare backbone, ResNet (detectron2 names)',
         f'config      {CONFIG}',
@@ -77,16 +78,16 @@ def test_inspect_writes_nothing_and_backbones_need_a_config(detrex: Path, tmp_pa
 def test_one_line_for_what_does_not_convert(detrex: Path, tmp_path: Path) -> None:
     path = tmp_path / 'x.pth'
     path.write_bytes(b'<html>not found</html>')
-    done = python(TOOL, path, '--inspect', status=1)
+    done = run_tool(TOOL, path, '--inspect', status=1)
     assert done.stderr.splitlines()[-1].startswith(f'{path}: not a checkpoint, or a truncated one (22 bytes)')
     assert 'Traceback' not in done.stderr
-    done = python(TOOL, detrex, '--inspect', '--config', 'dino-resnet/dino_r50_5scale_12ep.py', status=1)
+    done = run_tool(TOOL, detrex, '--inspect', '--config', 'dino-resnet/dino_r50_5scale_12ep.py', status=1)
     assert done.stderr.rstrip().endswith(
         'It fits dino-resnet/dino_r50_4scale_12ep.py, '
         'dino-resnet/dino_r50_4scale_12ep_300dn.py, '
         'dino-resnet/dino_r50_4scale_12ep_amp.py.'
     )
-    assert 'give OUT, or --inspect' in python(TOOL, detrex, status=2).stderr
+    assert 'give OUT, or --inspect' in run_tool(TOOL, detrex, status=2).stderr
 
 
 def test_test_takes_another_librarys_checkpoint(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_test_takes_another_librarys_checkpoint(tmp_path: Path) -> None:
     results = []
     for name in ('ours', 'theirs'):
         command = ('tools/test.py', config, tmp_path / f'{name}.pth', '--work-dir', tmp_path / name)
-        python(*command, '--out', tmp_path / f'{name}.pkl', *options(settings))
+        run_tool(*command, '--out', tmp_path / f'{name}.pkl', *options(settings))
         results.append(pickle.loads((tmp_path / f'{name}.pkl').read_bytes()))
     assert len(results[0]) == len(results[1]) == 3
     for ours, theirs in zip(*results, strict=True):
@@ -113,5 +114,5 @@ def test_test_takes_another_librarys_checkpoint(tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours['pred_instances'][key], theirs['pred_instances'][key])
 
     (tmp_path / 'broken.pth').write_bytes(b'nothing')
-    done = python('tools/test.py', config, tmp_path / 'broken.pth', *options(settings), status=1)
+    done = run_tool('tools/test.py', config, tmp_path / 'broken.pth', *options(settings), status=1)
     assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path}/broken.pth: not a checkpoint')

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import parity
 import pytest
-from commands import ROOT, python
+from commands import ROOT
+from forked import run_tool
 
 from dino_mm.benchmark import device_parity, gpu_parts
 from dino_mm.benchmark.gpu_parts import FULL, SMALL, Plan, Row
@@ -30,7 +31,7 @@ def tool() -> ModuleType:
 @pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path: Path, tool: ModuleType) -> None:
     out = tmp_path / 'report.json'
-    done = python(TOOL, '--small', '--out', out)
+    done = run_tool(TOOL, '--small', '--out', out)
     report = json.loads(out.read_text())
     assert list(report) == list(tool.parts(small=True))
     rows = {name: part['rows'] for name, part in report.items()}

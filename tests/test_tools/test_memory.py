@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import options, python
+from commands import options
+from forked import run_tool
 from test_benchmark import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,7 +127,7 @@ def test_a_step_of_a_tiny_model() -> None:
 def test_the_command_prints_a_table(tmp_path: Path) -> None:
     out = tmp_path / 'report.json'
     arguments = ('--memory', CONFIG, '--gpu-memory', '1.13', '--size', '64x96', '--out', out)
-    done = python('tools/benchmark.py', *arguments, *options(TINY))
+    done = run_tool('tools/benchmark.py', *arguments, *options(TINY))
     found = json.loads(out.read_text())['memory']
     assert found['setting']['height'] == 64
     rows = {(row['way'], row['amp']): row for row in found['rows']}

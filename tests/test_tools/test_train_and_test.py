@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, TINY, data_options, options, python, run, scalars
+from forked import run_tool
 from mmengine.config import Config
 from PIL import Image
 
@@ -47,7 +48,7 @@ def test_training_logs_mmdets_loss_names_and_evaluates(trained: Path) -> None:
 def test_resume_goes_on_as_if_never_interrupted(trained: Path, data: Path, tmp_path: Path) -> None:
     """From iteration 2 of 4, with the same weights, optimizer and learning rate at the end."""
     settings = options(TINY | data_options(data))
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'iter_2.pth', *settings)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path, '--resume', trained / 'iter_2.pth', *settings)
     assert 'config that lies in the checkpoint' not in done.stdout + done.stderr  # it is the same
     resumed, straight = (torch.load(d / 'iter_4.pth', weights_only=True) for d in (tmp_path, trained))
     assert resumed['meta']['iter'] == straight['meta']['iter'] == 4
@@ -64,7 +65,7 @@ def test_resume_without_a_checkpoint_starts_from_load_from(
 ) -> None:
     """As without ``--resume``: with a learning rate of zero, the weights stay what they were."""
     settings = TINY | data_options(data) | {'load_from': trained / 'iter_4.pth', 'optim_wrapper.optimizer.lr': 0.0}
-    done = python(
+    done = run_tool(
         *('tools/train.py', CONFIG, '--work-dir', tmp_path, *options(settings | {'train_cfg.max_iters': 2})),
         *(['--resume'] if resume else []),
     )
@@ -103,7 +104,7 @@ def test_resume_never_runs_the_config_in_a_checkpoint(
     if auto:
         work_dir.mkdir()
         (work_dir / 'last_checkpoint').write_text(str(tmp_path / 'evil.pth'))
-    done = python(
+    done = run_tool(
         *('tools/train.py', config_file, '--work-dir', work_dir, '--resume', *([] if auto else [tmp_path / 'evil.pth']))
     )
     assert not (tmp_path / 'ran').exists()
@@ -120,20 +121,20 @@ def test_tests_never_run_the_config_in_a_checkpoint(trained: Path, config_file: 
     checkpoint['meta']['config'] = f'open({str(tmp_path / "ran")!r}, "w").close()\n'
     torch.save(checkpoint, tmp_path / 'evil.pth')
     command = ('tools/test.py', config_file, tmp_path / 'evil.pth', '--work-dir', tmp_path / 'work')
-    python(*command, *options({'resume': True}))
+    run_tool(*command, *options({'resume': True}))
     assert not (tmp_path / 'ran').exists()
 
 
 def test_part_of_a_model_is_not_tested(trained: Path, config_file: Path, tmp_path: Path) -> None:
     state = torch.load(trained / 'iter_2.pth', weights_only=True)['state_dict']
     torch.save({name: tensor for name, tensor in state.items() if name.startswith('encoder')}, tmp_path / 'part.pth')
-    done = python('tools/test.py', config_file, tmp_path / 'part.pth', '--work-dir', tmp_path / 'work', status=1)
+    done = run_tool('tools/test.py', config_file, tmp_path / 'part.pth', '--work-dir', tmp_path / 'work', status=1)
     assert re.match(r'error: The checkpoint is part of a DINO detector of dino_mm', done.stderr.splitlines()[-1])
 
 
 def test_pictures_that_can_not_be_written_end_the_test_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
-    done = python('tools/test.py', CONFIG, 'none.pth', '--show-dir', tmp_path / 'file' / 'shown', status=1)
+    done = run_tool('tools/test.py', CONFIG, 'none.pth', '--show-dir', tmp_path / 'file' / 'shown', status=1)
     assert done.stderr.splitlines()[-1].startswith(f'--show-dir {tmp_path}/file/shown: it can not be written into (')
 
 
@@ -149,15 +150,15 @@ def test_a_test_without_a_result_ends_with_one_line(
     settings = TINY | data_options(data)
     if only_written:
         settings |= {'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': tmp_path / 'results'}
-        python(*command, *options(settings))
+        run_tool(*command, *options(settings))
         return
-    done = python(*command, *options(settings), status=1)
+    done = run_tool(*command, *options(settings), status=1)
     assert done.stderr.splitlines()[-1].startswith(f'error: {tmp_path}/large.pth: the test has no result')
     assert 'Traceback' not in done.stderr
 
 
 def test_test_evaluates_dumps_and_shows(trained: Path, data: Path, tmp_path: Path) -> None:
-    done = python(
+    done = run_tool(
         *('tools/test.py', CONFIG, trained / 'iter_4.pth', '--work-dir', tmp_path),
         *('--out', tmp_path / 'out.pkl', '--show-dir', os.path.relpath(tmp_path / 'shown', ROOT)),
         *options(TINY | data_options(data)),
@@ -173,7 +174,7 @@ def test_test_evaluates_dumps_and_shows(trained: Path, data: Path, tmp_path: Pat
 
 
 def test_test_time_augmentation_runs_every_size(trained: Path, data: Path, tmp_path: Path) -> None:
-    done = python(
+    done = run_tool(
         *('tools/test.py', CONFIG, trained / 'iter_4.pth', '--work-dir', tmp_path, '--tta'),
         *('--out', tmp_path / 'out.pkl', *options(TINY | data_options(data))),
     )
@@ -185,7 +186,7 @@ def test_test_time_augmentation_runs_every_size(trained: Path, data: Path, tmp_p
 def test_faster_backend_gives_the_same_ap(trained: Path, data: Path, tmp_path: Path) -> None:
     figures = []
     for backend in ('pycocotools', 'faster-coco-eval'):
-        done = python(
+        done = run_tool(
             *('tools/test.py', CONFIG, trained / 'iter_4.pth', '--work-dir', tmp_path),
             *options(TINY | data_options(data) | {'test_evaluator.backend': backend}),
         )
@@ -215,12 +216,12 @@ def test_scripts_tell_their_usage(script: str) -> None:
 
 def test_missing_annotations_end_with_the_remedy(tmp_path: Path) -> None:
     settings = options(TINY | data_options(tmp_path))
-    done = python('tools/train.py', CONFIG, '--work-dir', tmp_path, *settings, status=1)
+    done = run_tool('tools/train.py', CONFIG, '--work-dir', tmp_path, *settings, status=1)
     assert f'There is no annotation file {tmp_path}' in done.stderr.splitlines()[-1]
 
 
 def test_unknown_config_names_the_closest() -> None:
-    done = python('tools/train.py', 'dino-demo/dino_digit.py', status=1)
+    done = run_tool('tools/train.py', 'dino-demo/dino_digit.py', status=1)
     assert 'dino-demo/dino_digits.py' in done.stderr.splitlines()[-1]
 
 
