@@ -186,6 +186,13 @@ def test_neck_without_num_outs_is_checked_when_it_runs(tiny_cfg: Config) -> None
         model.pre_transformer(model.extract_feat(make_samples((1,))[0])[:2])
 
 
+def test_channels_of_the_backbone_are_checked_when_it_runs(tiny_cfg: Config) -> None:
+    tiny_cfg.neck.in_channels[-1] = 7
+    model = build(tiny_cfg)
+    with pytest.raises(ValueError, match=r'maps of \[8, 16, 32\] channels, the neck expects \[8, 16, 7\]\. Set `model'):
+        model.extract_feat(make_samples((1,))[0])
+
+
 def test_unusable_ground_truth_is_named_by_the_loss(tiny_cfg: Config) -> None:
     inputs, samples = make_samples((2, 1))
     samples[1].gt_instances.labels[0] = 5

@@ -1,6 +1,6 @@
 """DINO: the whole data path."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class DINO(DetectionTransformer):
 
         self.backbone = build_part('backbone', backbone)
         self.neck = build_part('neck', neck)
+        self._neck_inputs = neck.get('in_channels')
         self.channels_last = channels_last
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
@@ -190,7 +191,9 @@ class DINO(DetectionTransformer):
         """The neck's feature maps (bs, dim, height, width) of a batch of images (bs, 3, height, width)."""
         if self.channels_last:
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
-        return self.neck(self.backbone(batch_inputs))
+        maps = self.backbone(batch_inputs)
+        self._check_maps(maps)
+        return self.neck(maps)
 
     def forward_transformer(
         self,
@@ -243,6 +246,14 @@ class DINO(DetectionTransformer):
             reference = torch.cat([denoising.reference, reference], 1)
             visible = denoising.visible if denoising.num_groups else None
         return self.decoder(query, reference, memory, tokens, self.bbox_head.reg_branches, visible)
+
+    def _check_maps(self, maps: Sequence[Tensor]) -> None:
+        channels, expected = [x.shape[1] for x in maps], self._neck_inputs
+        if isinstance(expected, list | tuple) and channels != list(expected):
+            raise ValueError(
+                f'The backbone gives maps of {channels} channels, the neck expects {list(expected)}. Set '
+                '`model.neck.in_channels`, or `model.backbone.out_indices`.'
+            )
 
     def _check_neck(self, num_maps: int, channels: int) -> None:
         if (num_maps, channels) != (self.num_feature_levels, self.embed_dims):
