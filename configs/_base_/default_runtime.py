@@ -27,7 +27,7 @@ default_hooks = dict(
     numbers=dict(type='dino_mm.SkipNotFiniteHook'),
     # `heartbeat.json` in the work directory; a log of bounded length.
     heartbeat=dict(type='dino_mm.HeartbeatHook'),
-    # SIGTERM, SIGUSR1, SIGINT and `--max-hours` save a checkpoint and end the program with status 75.
+    # SIGTERM, SIGUSR1, SIGINT, SIGHUP and `--max-hours` save a checkpoint and end the program with status 75.
     preemption=dict(type='dino_mm.PreemptionHook'),
 )
 custom_hooks = [dict(type='NumClassCheckHook')]
