@@ -148,8 +148,10 @@ def find_distribution(module: str) -> Found | None:
 
 
 def install_command(module: str) -> str:
-    """The command that installs what provides ``module``, from the same family as mmdet."""
-    forks = any(True for _ in distributions(name=FORK_OF_MMDET))
+    """The command that installs what provides ``module``, from the same family as mmdet, or as mmcv and mmengine."""
+    companions = [*DISTRIBUTIONS['mmdet'], *DISTRIBUTIONS['mmcv'], *DISTRIBUTIONS['mmengine']]
+    there = (name for name in companions for _ in distributions(name=name))
+    forks = next(there, '').startswith('onedl-')
     return f'pip install {(FORKS if forks else OPENMMLAB)[module]}'
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from commands import ROOT
@@ -107,7 +108,16 @@ def _run(
     sys.argv = command
     if fault is not None:
         fault()
-    runpy.run_path(command[0], run_name='__main__')
+    sys.exit(_status_of(command[0]))
+
+
+def _status_of(script: str) -> Any:
+    """What a script gives to ``sys.exit``. The frames are gone then, as at the end of a program, and so are workers."""
+    try:
+        runpy.run_path(script, run_name='__main__')
+    except SystemExit as error:
+        return error.code
+    return None
 
 
 def _changes(names: tuple[str, ...], meet: Callable[[int, str], None]) -> None:

@@ -71,6 +71,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         (OPENMMLAB | {'mmdet': ''}, 'dino_mm needs mmdet, which is not installed: `pip install mmdet==3.3.0`.'),
         (OPENMMLAB | {'torch': ''}, 'dino_mm needs torch, which is not installed: `pip install torch torchvision`.'),
         (FORKS | {'onedl-mmcv': ''}, 'dino_mm needs mmcv, which is not installed: `pip install onedl-mmcv==2.3.6`.'),
+        (
+            FORKS | {'onedl-mmdetection': ''},
+            'dino_mm needs mmdet, which is not installed: `pip install onedl-mmdetection==3.5.1`.',
+        ),
         (FORKS | {'onedl-mmengine': ''}, 'not installed: `pip install onedl-mmengine==0.10.12`.'),
         # too old, too new
         (OPENMMLAB | {'mmcv': '1.7.2'}, 'needs mmcv >=2.0.0, <3.0.0, but mmcv 1.7.2 is installed, which is too old: '),

@@ -33,10 +33,10 @@ def test_import_is_light_and_classes_come_when_asked_for(tmp_path: Path) -> None
     heavy = "[m for m in sys.modules if m.startswith(('mmdet.models', 'mmdet.datasets', 'dino_mm.models'))]"
     code = f"""
 import sys, dino_mm
-print({heavy}, 'DINO' in dir(dino_mm), end=' ')
+before = {heavy}, 'DINO' in dir(dino_mm)
 from dino_mm import DINO, CheckedCocoMetric
 from dino_mm.models.detectors.dino import DINO as same
-print(DINO is same is dino_mm.DINO, CheckedCocoMetric.__module__)
+print(*before, DINO is same is dino_mm.DINO, CheckedCocoMetric.__module__)
 """
     assert last_line(code, cwd=tmp_path) == '[] True True dino_mm.evaluation.coco_metric'
 
@@ -154,11 +154,11 @@ def test_mmengines_hub(tmp_path: Path) -> None:
     code = f"""
 import torch
 from mmengine.hub import get_config, get_model
-for name in ('dino-resnet/{R50}.py', '{R50}'):
-    print(get_config('dino_mm::' + name, pretrained=True).model_path)
+names = ('dino-resnet/{R50}.py', '{R50}')
+weights = [get_config('dino_mm::' + name, pretrained=True).model_path for name in names]
 with torch.device('meta'):
     model = get_model('dino_mm::{R50}')
-print(type(model).__module__, type(model.backbone).__module__)
+print(*weights, type(model).__module__, type(model.backbone).__module__, sep='\\n')
 """
     stub = tmp_path / 'pkg_resources.py'
     if importlib.util.find_spec('pkg_resources') is None:  # setuptools has none from 82 on, which mmengine needs
@@ -166,5 +166,5 @@ print(type(model).__module__, type(model.backbone).__module__)
             'class DistributionNotFound(Exception): ...\ndef get_distribution(name): raise DistributionNotFound(name)\n'
         )
     lines = python('-c', code, cwd=tmp_path, PYTHONPATH=f'{tmp_path}:{ROOT}').stdout.splitlines()
-    assert lines[-3:-1] == [dino_mm.zoo.zoo_models()[R50].weights] * 2
-    assert lines[-1] == 'dino_mm.models.detectors.dino mmdet.models.backbones.resnet'
+    assert lines[-4:-2] == [dino_mm.zoo.zoo_models()[R50].weights] * 2
+    assert lines[-2:] == ['dino_mm.models.detectors.dino', 'mmdet.models.backbones.resnet']
