@@ -5,6 +5,7 @@ fault, which the system itself brings about.
 """
 
 import errno
+import gc
 import multiprocessing
 import os
 import resource
@@ -108,11 +109,13 @@ def _run(
     sys.argv = command
     if fault is not None:
         fault()
-    sys.exit(_status_of(command[0]))
+    status = _status_of(command[0])
+    gc.collect()  # loaders end their workers; those that are left multiprocessing kills, which torch takes for an error
+    sys.exit(status)
 
 
 def _status_of(script: str) -> Any:
-    """What a script gives to ``sys.exit``. The frames are gone then, as at the end of a program, and so are workers."""
+    """What a script gives to ``sys.exit``; its frames are gone then."""
     try:
         runpy.run_path(script, run_name='__main__')
     except SystemExit as error:
