@@ -79,12 +79,12 @@ def choose_checkpoint(runner: Runner) -> None:
 
 
 def _tell_of_earlier(runner: Runner, folder: Path) -> None:
-    """Say that a run that starts anew leaves the checkpoints of an earlier one where they are."""
+    """Say that a run starts anew beside the checkpoints of an earlier one."""
     left = sorted(path.name for pattern in ('iter_*.pth', 'epoch_*.pth') for path in folder.glob(pattern))
     if left and runner.rank == 0:
         runner.logger.warning(
-            f'{folder} has checkpoints of an earlier run, which stay: {", ".join(left)}. This run starts anew; '
-            '--resume would go on from them.'
+            f'{folder} has checkpoints of an earlier run: {", ".join(left)}. This run starts anew, and its own replace '
+            'those of the same name; --resume would go on from them.'
         )
 
 

@@ -159,9 +159,9 @@ def test_without_any_checkpoint_it_starts_anew_and_says_so(tmp_path: Path, load_
     assert runner.said == [f'--resume: there is no checkpoint in {tmp_path}. Training starts from {source}.']
 
 
-def test_a_new_run_says_that_checkpoints_of_an_earlier_one_stay(folder: Path, tmp_path: Path) -> None:
+def test_a_new_run_names_checkpoints_of_an_earlier_one(folder: Path, tmp_path: Path) -> None:
     for place, said in (
-        (folder, [f'{folder} has checkpoints of an earlier run, which stay: iter_2.pth, iter_4.pth, iter_6.pth.']),
+        (folder, [f'{folder} has checkpoints of an earlier run: iter_2.pth, iter_4.pth, iter_6.pth.']),
         (tmp_path / 'new', []),
     ):
         runner = runner_of(place)
