@@ -57,7 +57,8 @@ def find(name: str) -> str:
     near = _closest(wanted, known, whole)
     names = near if '/' in wanted else [PurePosixPath(path).stem for path in near]
     hint = f'Near to it: {", ".join(names)}; `dino-mm models` lists all' if near else f'It has: {", ".join(whole)}'
-    raise UnknownConfigError(f'dino_mm ships no config {name!r}. {hint}.')
+    missing = f'There is no file {name!r}. ' if name.endswith('.py') else ''
+    raise UnknownConfigError(f'{missing}dino_mm ships no config {name!r}. {hint}.')
 
 
 def find_config(name: str | Path) -> str:

@@ -60,6 +60,12 @@ def test_unknown_names_tell_the_closest(name: str, close: str) -> None:
     assert message.count(', ') <= 2 or name in ('', 'zzz')
 
 
+def test_a_path_that_is_not_there_is_named_as_a_file() -> None:
+    said = r"^There is no file 'my_project/confg\.py'\. dino_mm ships no config 'my_project/confg\.py'\. It has: "
+    with pytest.raises(UnknownConfigError, match=said):
+        dino_mm.cfg('my_project/confg.py')
+
+
 def test_ambiguous_names_tell_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, 'config_root', lambda: tmp_path)
     for folder in ('first', 'second'):
