@@ -110,7 +110,8 @@ def _run(
     if fault is not None:
         fault()
     status = _status_of(command[0])
-    gc.collect()  # loaders end their workers; those that are left multiprocessing kills, which torch takes for an error
+    # Loaders end their workers now. Otherwise multiprocessing kills them, and torch takes that for an error.
+    gc.collect()
     sys.exit(status)
 
 

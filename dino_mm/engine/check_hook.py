@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
@@ -12,6 +11,7 @@ from dino_mm.registry import HOOKS
 from dino_mm.settings import SettingError
 
 from ..datasets.coco import CheckedCocoDataset
+from ..models import DINO
 from .loops import require_epochs_that_end, require_equal_batches
 
 
@@ -44,12 +44,14 @@ class CheckRunHook(Hook):
 
 
 def require_classes(model: nn.Module, dataset: Any) -> None:
-    """Raise SettingError if a detector has another number of classes than a data set, or than one that it wraps."""
-    detector = model.module if is_model_wrapper(model) else model
-    number = getattr(getattr(detector, 'bbox_head', None), 'num_classes', None)
+    """Raise SettingError if our detector has another number of classes than a data set, or than one that it wraps."""
+    detector = next((module for module in model.modules() if isinstance(module, DINO)), None)
+    if detector is None:
+        return
+    number = detector.bbox_head.num_classes
     for part in parts_of(dataset):
         classes = getattr(part, 'metainfo', {}).get('classes')
-        if number is not None and isinstance(classes, tuple | list) and len(classes) != number:
+        if isinstance(classes, tuple | list) and len(classes) != number:
             names = ', '.join(map(str, classes[:5])) + (', ...' if len(classes) > 5 else '')
             raise SettingError(
                 f'`model.bbox_head.num_classes` is {number}, but the data set has {len(classes)} classes ({names}). '

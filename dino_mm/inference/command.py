@@ -149,8 +149,8 @@ def _run(detector: Detector, sources: Sequence[Source], request: Request) -> Out
 
 
 def _silence_opencv() -> None:
-    """No complaints of OpenCV on videos: ours name the file."""
-    own: Any = cv2  # the function is elsewhere in OpenCV 5
+    """Let OpenCV print nothing about videos: our own messages name the file."""
+    own: Any = cv2  # OpenCV 4 and 5 have the function in different places
     (own.setLogLevel if hasattr(own, 'setLogLevel') else own.utils.logging.setLogLevel)(0)
 
 

@@ -122,7 +122,7 @@ def pad_to_stride(module: Downsample, args: tuple[Tensor]) -> tuple[Tensor]:
     """
     stride = module.stride
     height, width = args[0].shape[-2:]
-    # Not `-height % stride`: torch.export works for minutes on the sizes that four of these in a row make.
+    # Not by remainders, `-side % stride`: four of them in a row keep torch.export busy for minutes.
     down, right = ((side + stride - 1) // stride * stride - side for side in (height, width))
     return (F.pad(args[0], (0, right, 0, down)),)
 
