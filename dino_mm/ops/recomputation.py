@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import Linear
+from mmcv.cnn import Linear as LinearOfMMCV
 from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import Sequential
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from .branches import has_hooks
 from .half_weights import as_autocast
+from .linear import Linear
 from .tracing import is_looked_into
 
-#: Parts of which mmcv's feed-forward network is built.
-PARTS = (FFN, Sequential, Linear, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)
+#: Parts of which mmcv's feed-forward network is built, with its linear layers or ours.
+PARTS = (FFN, Sequential, LinearOfMMCV, nn.Linear, Linear, nn.ReLU, nn.Dropout, nn.Identity)
 
 
 def is_cheaper_to_compute_again(x: Tensor) -> bool:

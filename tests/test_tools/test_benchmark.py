@@ -35,6 +35,7 @@ from dino_mm.benchmark.comparison import (
 from dino_mm.benchmark.gpu_parts import SMALL
 from dino_mm.benchmark.profiling import LABEL_CHECK, OperatorCounter, PeakMemory, Worker, stopwatch
 from dino_mm.models.task_modules import hungarian_matcher
+from dino_mm.ops import linear
 
 TOOL = 'tools/benchmark.py'
 CPU = torch.device('cpu')
@@ -269,8 +270,12 @@ def test_training_step_and_inference(tmp_path: Path) -> None:
 @with_mmdets_dino
 @pytest.mark.filterwarnings('ignore:.*instance named of benchmark')  # both sides log in one process here
 @pytest.mark.parametrize(('batch', 'boxes'), [(1, 8), (2, 100), (4, 1), (4, 60)])
-def test_no_part_calls_more_operators_than_mmdets(batch: int, boxes: int) -> None:
-    """As a CPU runs it, however many images and boxes; the backward pass as a whole."""
+@pytest.mark.parametrize('as_convolution', [False, True])
+def test_no_part_calls_more_operators_than_mmdets(
+    batch: int, boxes: int, as_convolution: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any CPU runs it, however many images and boxes; the backward pass as a whole."""
+    monkeypatch.setattr(linear, 'AS_CONVOLUTION', as_convolution)
     config, tiny = 'dino-resnet/dino_r50_4scale_12ep.py', TINY | {'model.neck.in_channels': [16, 32, 64]}
     setting = Setting(config, tiny, 64, 96, batch, boxes, threads=torch.get_num_threads())
     ours, mmdet = (Side(side, setting) for side in ('ours', 'mmdet'))

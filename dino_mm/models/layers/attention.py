@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...ops.branches import has_hooks
 from ...ops.deformable_sampling import sample_levels
 from ...ops.half_weights import as_autocast
+from ...ops.linear import linear
 from ..structures import FeatureLevels
 
 
@@ -37,7 +38,7 @@ class SelfAttention(nn.Module):
             return query + self.dropout(self.attn(located, located, query, attn_mask=mask)[0])
         width = query.shape[-1]
         weights, biases = (p.split([2 * width, width]) for p in (self.attn.in_proj_weight, self.attn.in_proj_bias))
-        located, content = F.linear(query + query_pos, weights[0], biases[0]), F.linear(query, weights[1], biases[1])
+        located, content = linear(query + query_pos, weights[0], biases[0]), linear(query, weights[1], biases[1])
         q, k, v = (
             x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (*located.split(width, -1), content)
         )

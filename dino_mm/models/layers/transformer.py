@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_mm.registry import MODELS
 
 from ...ops.half_weights import as_autocast, with_its_weights
+from ...ops.linear import use_fast_linear
 from ...ops.recomputation import is_cheaper_to_compute_again, run_again_for_gradients
 from ..box_ops import encode_boxes, refine_boxes, wavelengths
 from ..structures import DecoderStates, FeatureLevels, Tokens
@@ -118,6 +119,7 @@ class DINOEncoder(BaseModule):
             DINOEncoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
         )
+        use_fast_linear(self.layers)
 
     def init_weights(self) -> None:
         """See :func:`init_transformer`."""
@@ -198,6 +200,7 @@ class DINODecoder(BaseModule):
             DINODecoderLayer(embed_dims, num_heads, num_levels, num_points, feedforward_channels, dropout)
             for _ in range(num_layers)
         )
+        use_fast_linear(self.layers)
         self.ref_point_head = MLP(embed_dims * 2, embed_dims, embed_dims, 2)
         self.norm = nn.LayerNorm(embed_dims)
 
