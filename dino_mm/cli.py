@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import NamedTuple
 
+from .settings import SettingError
 from .shipped import UnknownConfigError, config_root
 from .version import __version__
 from .zoo import list_models, zoo_models
@@ -150,7 +151,7 @@ def _run(name: str) -> int:
     module.__file__ = str(tool)
     try:
         exec(compile(tool.read_bytes(), tool, 'exec'), module.__dict__)
-    except UnknownConfigError as error:
+    except (SettingError, UnknownConfigError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0

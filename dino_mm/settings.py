@@ -12,6 +12,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,18 @@ def has_settings(config: Mapping[str, Any]) -> bool:
     return all(name in config for name in SETTINGS)
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn errors of a config that is no Python, or whose ``_base_`` is missing, into a SettingError that names it."""
+    try:
+        yield
+    except SyntaxError as error:
+        line = '' if error.lineno is None else f' (line {error.lineno})'
+        raise SettingError(f'{path}, or a file of its `_base_`, is no Python: {error.msg}{line}.') from None
+    except FileNotFoundError as error:
+        raise SettingError(f'{path}: {error}') from None
+
+
 def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config, merge the options of a command line, and apply the settings of both.
 
@@ -61,13 +74,14 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
             other way round.
 
     Raises:
-        SettingError: A setting is wrong.
+        SettingError: A setting is wrong, or the file is no config.
     """
     from mmengine.config import Config
 
     options = dict(options or {})
-    # The file's settings wait for the options: a length that is set twice would be rounded twice.
-    config = getattr(Config.fromfile, '__wrapped__', Config.fromfile)(path)
+    with reading(path):
+        # The file's settings wait for the options: a length that is set twice would be rounded twice.
+        config = getattr(Config.fromfile, '__wrapped__', Config.fromfile)(path)
     named = [name for name in SETTINGS if options.get(name) is not None]
     if named and not has_settings(config):
         raise SettingError(f'{path}: `{named[0]}` is a setting of configs that inherit dino_mm. This one does not.')

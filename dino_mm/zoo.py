@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .settings import reading
 from .shipped import config_root, find_config
 
 if TYPE_CHECKING:
@@ -79,10 +80,13 @@ def get_config(name: str | Path) -> Config:
 
     Raises:
         UnknownConfigError: Neither.
+        SettingError: A setting is wrong, or the file is no config.
     """
     from mmengine.config import Config
 
-    return Config.fromfile(find_config(name))
+    path = find_config(name)
+    with reading(path):
+        return Config.fromfile(path)
 
 
 def get_model(
@@ -124,7 +128,7 @@ def get_model(
         raise ValueError(f'`num_classes` is {num_classes}, but `classes` names {len(classes)}.')
     contents = None
     if checkpoint is not None:
-        contents = take_apart(open_checkpoint(_weights_of(name) if checkpoint == ZOO else str(checkpoint)))
+        contents = take_apart(open_checkpoint(weights_of(name) if checkpoint == ZOO else str(checkpoint)))
     names = tuple(classes) if classes is not None else _class_names(config, contents, num_classes)
     init_default_scope(config.get('default_scope', 'mmdet'))
     config.model.bbox_head.num_classes = len(names)
@@ -135,8 +139,13 @@ def get_model(
     return model.to(device or get_device()).eval()
 
 
-def _weights_of(name: str | Path) -> str:
-    """Address of a model's checkpoint in the zoo."""
+def weights_of(name: str | Path) -> str:
+    """Address of the checkpoint that the zoo names for a model.
+
+    Raises:
+        UnknownConfigError: There is no such model.
+        CheckpointError: The zoo has no weights of it.
+    """
     from .checkpoints.errors import CheckpointError
 
     stem = Path(find_config(name)).stem

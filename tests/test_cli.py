@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ROOT, TINY, data_options, options, python
+from PIL import Image
 from test_env import without
 
 import dino_mm
@@ -103,6 +105,27 @@ def test_trains_and_tests_by_name(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "error: dino_mm ships no config 'dino_digit'. Near to it: dino_digits; "
     )
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'status', 'said'),
+    [
+        (('train', 'dino_digits', '--cfg-options', 'epochs', '3'), 2, 'error: --cfg-options epochs: write key=value, '),
+        (('benchmark', '--cfg-options', 'a b=1', 'c'), 2, 'error: --cfg-options c: write key=value, '),
+        (('test', 'dino_digits', 'zoo'), 1, 'error: The zoo has no weights of dino_digits; '),
+        (('train', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
+        (('export', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
+        (('predict', 'broken.py', 'a.png', '--weights', 'a.pth'), 1, 'error: broken.py, or a file of its '),
+        (('convert', 'a.pth', 'b.pth', '--config', 'broken.py'), 1, 'error: broken.py, or a file of its '),
+    ],
+)
+def test_what_was_typed_wrong_is_one_line(arguments: tuple, status: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / 'broken.py').write_text('model = dict(a=[1\n')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'a.pth')
+    done = python('-m', 'dino_mm', *arguments, cwd=tmp_path, status=status, PYTHONPATH=str(ROOT))
+    assert said in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ for _entry in ENTRIES:
 
 def child(folder: Path, text: str, base: str = R50) -> Path:
     """A config in a file that inherits ours."""
+    return write(folder, f"_base_ = 'dino_mm::{base}'\n{text}\n")
+
+
+def write(folder: Path, text: str) -> Path:
     path = folder / 'config.py'
-    path.write_text(f"_base_ = 'dino_mm::{base}'\n{text}\n")
+    path.write_text(text)
     return path
 
 
@@ -210,6 +215,26 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
     with pytest.raises(SettingError, match=said) as caught:
         Config.fromfile(path)
     assert str(caught.value).startswith(f'{path}: ')
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('model = dict(a=[1', r'config.py, or a file of its `_base_`, is no Python: .* \(line 1\)\.$'),
+        ("_base_ = 'none.py'", r'config.py: .*none\.py'),
+        (
+            "_base_ = __import__('dino_mm').cfg('dino_r51')",
+            "config.py: dino_mm ships no config 'dino_r51'. Near to it: ",
+        ),
+    ],
+)
+@pytest.mark.parametrize('read', [read_config, dino_mm.get_config])
+def test_what_is_no_config_is_one_line_with_the_file(
+    text: str, said: str, read: Callable[[Path], Config], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=said) as caught:
+        read(write(tmp_path, text))
     assert '\n' not in str(caught.value)
 
 

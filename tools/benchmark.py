@@ -25,12 +25,12 @@ import dino_mm  # noqa: F401  (first, for it says what does not fit)
 
 # isort: split
 import torch
-from mmengine.config import DictAction
 
 from dino_mm.benchmark import memory
 from dino_mm.benchmark.comparison import COMPONENTS, DTYPES, WHOLE, Setting, Side, largest_difference
 from dino_mm.benchmark.machine import environment
 from dino_mm.benchmark.profiling import LABEL_CHECK, Worker
+from dino_mm.engine.launch import OptionsAction
 
 SIDES = ('ours', 'mmdet')
 #: Seconds before each timed run: OpenMP's threads of the other side still turn for a while after their last work.
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=DEFAULT_CONFIG, help='config file, or the name of a shipped one')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='override the config')
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, default={}, help='override the config')
     parser.add_argument(
         '--size', type=size, metavar='HxW', help='of all images (480x640; with --memory 800x1333, as COCO is trained)'
     )

@@ -6,13 +6,11 @@ is (``--inspect``), and writes a copy of plain tensors that any torch opens with
 
 import argparse
 import sys
-from pathlib import Path
 
 import dino_mm  # first, for it says what does not fit
 
 # isort: split
 import torch
-from mmengine.config import Config
 from torch import nn
 
 from dino_mm.checkpoints.architecture import describe, fitting_configs
@@ -52,8 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 def build(config: str) -> nn.Module:
     """The model of a config, without pretrained weights."""
-    path = config if Path(config).is_file() else dino_mm.cfg(config)
-    return MODELS.build(Config.fromfile(path).model)
+    return MODELS.build(dino_mm.get_config(config).model)
 
 
 def convert(contents: Contents, config: str | None) -> tuple[Converted, str]:

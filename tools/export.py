@@ -8,6 +8,7 @@ import dino_mm
 from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.export import ExportError, export_detector
 from dino_mm.export.formats import FORMATS, OPSETS
+from dino_mm.settings import SettingError
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +55,8 @@ def main() -> None:
     """Export."""
     args = parse_args()
     out = args.out or Path(f'{Path(args.model).stem}{FORMATS[args.format].ending}')
+    if args.checkpoint is None:
+        print('There is no --checkpoint: the file will hold random weights.')
     try:
         model = dino_mm.get_model(args.model, args.checkpoint, device=args.device)
         export_detector(
@@ -69,7 +72,7 @@ def main() -> None:
             tensorrt_plugin=args.tensorrt_plugin,
             images=args.images,
         )
-    except (ExportError, CheckpointError, dino_mm.UnknownConfigError) as error:
+    except (ExportError, CheckpointError, SettingError, dino_mm.UnknownConfigError) as error:
         raise SystemExit(f'error: {error}') from None
 
 

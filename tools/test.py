@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from dino_mm.engine import ReportHook
 from dino_mm.engine.launch import add_common_arguments, add_compile_hook, build_runner, ends_cleanly, load_config
 from dino_mm.engine.safe_files import writable_file, writable_folder
+from dino_mm.zoo import ZOO, weights_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'checkpoint',
         help='path or address of a checkpoint: ours, of detrex, of IDEA-Research/DINO or of MMDetection; '
-        "or a training's folder, for its best one",
+        "a training's folder, for its best one; or `zoo`, for the one that the zoo names",
     )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--report', metavar='DIR', help='write the predictions and a report on them into this folder')
@@ -74,7 +75,7 @@ def main() -> None:
     """Test."""
     args = parse_args()
     config = load_config(args)
-    config.load_from, config.resume = args.checkpoint, False
+    config.resume = False
     if args.show or args.show_dir:
         config = trigger_visualization_hook(config, args)
     if args.tta:
@@ -82,6 +83,7 @@ def main() -> None:
     if args.compile:
         add_compile_hook(config, cuda_graphs=args.compile == 'cuda-graphs')
     with ends_cleanly():
+        config.load_from = weights_of(args.config) if args.checkpoint == ZOO else args.checkpoint
         runner = build_runner(config)
         if args.out is not None:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import get_torchvision_models
 from packaging.version import Version
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from .runner_types import RUNNER_TYPES
 
 #: Where detectron2 keeps its model zoo.
 DETECTRON2_ZOO = 'https://dl.fbaipublicfiles.com/detectron2/'
+#: Schemes of torchvision's weights; the second is mmengine's older name of it.
+TORCHVISION = ('torchvision', 'modelzoo')
 #: Plain containers, besides tensors and what every checkpoint has, that published checkpoints hold.
 PLAIN_CLASSES: list = [argparse.Namespace]
 #: Of the pickles that detectron2 publishes: numpy arrays and their types.
@@ -50,6 +53,8 @@ TENSOR_TYPES = {
     'torch.device',
     *(f'torch.{kind}' for kind in ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'uint8', 'bool')),
 }
+#: What is given for a checkpoint by mistake.
+OTHER_FILES = {'.onnx': 'an exported model', '.pt2': 'an exported model', '.py': 'a config', '.json': 'annotations'}
 #: First digits of a file's SHA-256 at the end of its name, as in ``resnet50-0676ba61.pth``.
 HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
 CHUNK = 1 << 20
@@ -59,8 +64,8 @@ def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) ->
     """Read a checkpoint onto the CPU.
 
     Args:
-        location: A path, an ``http(s)://`` or a ``detectron2://`` address; ``.pkl`` is detectron2's format of arrays.
-            Of a training's folder it is the best checkpoint, see :func:`best_in`.
+        location: A path, an ``http(s)://``, ``detectron2://`` or ``torchvision://`` address; ``.pkl`` is detectron2's
+            format of arrays. Of a training's folder it is the best checkpoint, see :func:`best_in`.
         trust: Run the code that the file may contain, as full unpickling does.
         lazily: Read tensors of torch's format when they are used, and not at all otherwise.
 
@@ -72,6 +77,10 @@ def open_checkpoint(location: str, trust: bool = False, lazily: bool = False) ->
         path = best_in(path)
     if not path.is_file():
         raise CheckpointError(f'{location}: there is no such file.')
+    if path.suffix in OTHER_FILES:
+        raise CheckpointError(
+            f'{location}: {OTHER_FILES[path.suffix]}, not a checkpoint. Name the file with the weights.'
+        )
     broken = f'not a checkpoint, or a truncated one ({path.stat().st_size} bytes); delete {path} and fetch it again.'
     try:
         content = _read_arrays(path, trust) if path.suffix == '.pkl' else _read_tensors(path, trust, lazily)
@@ -177,6 +186,12 @@ def fetch(address: str, folder: Path | None = None) -> Path:
         CheckpointError: The address cannot be read, or what came is not what was announced.
     """
     address = re.sub('^detectron2://', DETECTRON2_ZOO, address)
+    scheme, _, name = address.partition('://')
+    if scheme in TORCHVISION:
+        addresses = get_torchvision_models()
+        if name not in addresses:
+            raise CheckpointError(f'{address}: torchvision has no weights of this name.')
+        address = addresses[name]
     folder = folder or Path(torch.hub.get_dir()) / 'checkpoints'
     name = Path(urllib.parse.urlparse(address).path).name
     if not HASH_IN_NAME.search(name):  # then other addresses may end in the same name
@@ -250,7 +265,7 @@ def register_formats() -> None:
 
 def register_safe_loaders(trust: bool = False) -> None:
     """Let mmengine open every file and address with :func:`open_checkpoint`, for the rest of this process."""
-    prefixes = ['', 'http://', 'https://', r'detectron2://', r'[^:]*\.pkl$']
+    prefixes = ['', 'http://', 'https://', r'detectron2://', *(f'{name}://' for name in TORCHVISION), r'[^:]*\.pkl$']
     CheckpointLoader.register_scheme(prefixes, _loader(trust), force=True)
 
 

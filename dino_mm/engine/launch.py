@@ -38,6 +38,17 @@ LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')
 GRACE = 3.0
 
 
+class OptionsAction(DictAction):
+    """mmengine's ``--cfg-options``, which says what is no ``key=value``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add the values to those that are there."""
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} {value}: write key=value, without spaces around `=`')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both training and test."""
     parser.add_argument('config', help='config file, or the name of a shipped one')
@@ -45,7 +56,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         help='settings that override the config, key=value; lists as key="[a,b]" or key=a,b',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')

@@ -194,6 +194,32 @@ def test_mmengine_loads_an_address(server: 'type[Handler]', tmp_path: Path, monk
     assert len(visible(tmp_path / 'hub' / 'checkpoints')) == 1
 
 
+def test_torchvisions_weights_are_fetched_like_others(
+    server: 'type[Handler]', tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    addresses = {name: f'{server.address}/{name}.pth' for name in ('resnet50', 'missing')}
+    monkeypatch.setattr(files, 'get_torchvision_models', lambda: addresses)
+    server.content = Path(save(tmp_path / 'x.pth', TENSORS)).read_bytes()
+    files.register_safe_loaders()
+    for scheme in ('torchvision', 'modelzoo'):
+        content = CheckpointLoader.load_checkpoint(f'{scheme}://resnet50')
+        assert torch.equal(content['a.weight'], TENSORS['a.weight'])
+    assert len(server.ranges) == 1
+    with pytest.raises(CheckpointError, match=r'missing\.pth: download failed'):
+        CheckpointLoader.load_checkpoint('torchvision://missing')
+    with pytest.raises(CheckpointError, match=r'^torchvision://resnet51: torchvision has no weights of this name'):
+        CheckpointLoader.load_checkpoint('torchvision://resnet51')
+
+
+@pytest.mark.parametrize(('name', 'kind'), [('m.onnx', 'an exported model'), ('c.py', 'a config')])
+def test_other_files_are_named(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b'x')
+    with pytest.raises(CheckpointError, match=f'{name}: {kind}, no checkpoint'):
+        open_checkpoint(str(tmp_path / name))
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one file, with ranges, in the ways that a test asks for."""
 
