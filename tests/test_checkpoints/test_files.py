@@ -216,7 +216,7 @@ def test_torchvisions_weights_are_fetched_like_others(
 @pytest.mark.parametrize(('name', 'kind'), [('m.onnx', 'an exported model'), ('c.py', 'a config')])
 def test_other_files_are_named(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b'x')
-    with pytest.raises(CheckpointError, match=f'{name}: {kind}, no checkpoint'):
+    with pytest.raises(CheckpointError, match=f'{name}: {kind}, not a checkpoint'):
         open_checkpoint(str(tmp_path / name))
 
 
