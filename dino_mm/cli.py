@@ -100,7 +100,8 @@ def overview() -> str:
             '',
             *lines,
             '',
-            f'`{PROGRAM} COMMAND --help` tells its arguments. Several GPUs: tools/dist_train.sh, tools/dist_test.sh.',
+            f'`{PROGRAM} COMMAND --help` tells its arguments. On several GPUs:',
+            'torchrun --nproc_per_node=GPUS -m dino_mm train CONFIG --launcher pytorch',
             '',
             f'example: {PROGRAM} train {COMMANDS["train"].example}',
         ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, TINY, data_options, options, python
+from forked import run_tool
 from PIL import Image
 from test_env import without
 
@@ -13,6 +14,7 @@ import dino_mm
 from dino_mm import cli
 from dino_mm.datasets.digits import make_digits
 
+BROKEN = 'model = dict(a=[1\n'
 SCRIPT = 'import sys\nfrom dino_mm.cli import main\nif __name__ == "__main__":\n    sys.exit(main())\n'
 
 
@@ -111,21 +113,34 @@ def test_trains_and_tests_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('arguments', 'status', 'said'),
     [
-        (('train', 'dino_digits', '--cfg-options', 'epochs', '3'), 2, 'error: --cfg-options epochs: write key=value, '),
-        (('benchmark', '--cfg-options', 'a b=1', 'c'), 2, 'error: --cfg-options c: write key=value, '),
-        (('test', 'dino_digits', 'zoo'), 1, 'error: The zoo has no weights of dino_digits; '),
-        (('train', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
-        (('export', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
-        (('predict', 'broken.py', 'a.png', '--weights', 'a.pth'), 1, 'error: broken.py, or a file of its '),
-        (('convert', 'a.pth', 'b.pth', '--config', 'broken.py'), 1, 'error: broken.py, or a file of its '),
+        (
+            ('train.py', 'dino_digits', '--cfg-options', 'epochs', '3'),
+            2,
+            'error: --cfg-options epochs: write key=value, ',
+        ),
+        (('benchmark.py', '--cfg-options', 'a b=1', 'c'), 2, 'error: --cfg-options c: write key=value, '),
+        (('test.py', 'dino_digits', 'zoo', '--work-dir', 'work'), 1, 'error: The zoo has no weights of dino_digits; '),
+        (('train.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
+        (('export.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
+        (('predict.py', 'broken.py', 'a.png', '--weights', 'a.pth'), 1, 'error: broken.py, or a file of its '),
     ],
 )
 def test_what_was_typed_wrong_is_one_line(arguments: tuple, status: int, said: str, tmp_path: Path) -> None:
-    (tmp_path / 'broken.py').write_text('model = dict(a=[1\n')
+    (tmp_path / 'broken.py').write_text(BROKEN)
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
-    torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'a.pth')
-    done = python('-m', 'dino_mm', *arguments, cwd=tmp_path, status=status, PYTHONPATH=str(ROOT))
+    tool, *more = arguments
+    done = run_tool(ROOT / 'tools' / tool, *more, cwd=tmp_path, status=status)
     assert said in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_broken_config_is_one_line_for_every_command(tmp_path: Path) -> None:
+    """Also for those whose tool does not say so itself."""
+    (tmp_path / 'broken.py').write_text(BROKEN)
+    torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'a.pth')
+    command = ('convert', 'a.pth', 'b.pth', '--config', 'broken.py')
+    done = python('-m', 'dino_mm', *command, cwd=tmp_path, status=1, PYTHONPATH=str(ROOT))
+    assert done.stderr.splitlines()[-1].startswith('error: broken.py, or a file of its `_base_`, is no Python: ')
     assert 'Traceback' not in done.stderr
 
 

@@ -172,7 +172,7 @@ def _why_refused(message: str) -> str | None:
         return None
     return (
         f'refused, it wants to create {needed[1] or needed[2]} objects, which can run code. If you trust where it '
-        'comes from, add --trust, or write a safe copy: `python tools/convert_checkpoint.py --trust IN OUT`.'
+        'comes from, add --trust, or write a safe copy: `dino-mm convert --trust IN OUT`.'
     )
 
 

@@ -166,7 +166,7 @@ class Findings:
         if all(RULES[name].droppable for name in faults):
             ways = (
                 "\nTo leave them out, set `on_fault='drop'` in data set and evaluator, or write a clean file: "
-                f'`python tools/check_dataset.py {self.path} IMAGES --fix CLEAN.json`.'
+                f'`dino-mm check {self.path} IMAGES --fix CLEAN.json`.'
             )
         lines = ''.join(f'\n- {self.line(name)}' for name in faults)
         raise AnnotationError(f'{self.path} cannot be used as it is:{lines}{ways}')

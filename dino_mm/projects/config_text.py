@@ -88,8 +88,10 @@ def default_epochs(num_images: int) -> int:
 
 
 def launch_command(config: str, gpus: int) -> str:
-    """How to train on so many GPUs."""
-    return f'dino-mm train {config}' if gpus <= 1 else f'tools/dist_train.sh {config} {gpus}'
+    """How to train on so many GPUs, without a checkout."""
+    if gpus <= 1:
+        return f'dino-mm train {config}'
+    return f'torchrun --nproc_per_node={gpus} -m dino_mm train {config} --launcher pytorch'
 
 
 def config_text(

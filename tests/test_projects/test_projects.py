@@ -178,7 +178,7 @@ def test_config_states_the_project_in_few_lines(tmp_path: Path) -> None:
     assert 'The learning rate is 0.0001 for 16 images a step' in text
     assert '# 7.5e-05 for 4 GPUs x 3.' in text
     assert text.startswith(f'# Fine-tunes {R50} on COCO data of 3 classes: 8 images for train, 8 images for val.\n')
-    assert f'tools/dist_train.sh {tmp_path}/project/config.py 4\n' in text
+    assert f'torchrun --nproc_per_node=4 -m dino_mm train {tmp_path}/project/config.py --launcher pytorch\n' in text
     assert len(text.splitlines()) < 50
     assert (config.train_cfg.max_epochs, config.train_dataloader.batch_size, config.auto_scale_lr.enable) == (
         30,

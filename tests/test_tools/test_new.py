@@ -69,7 +69,8 @@ def test_new_tells_what_it_found_and_how_to_train(tmp_path: Path) -> None:
     write_coco(tmp_path / 'data', {'train': make_items(8), 'val': make_items(4)})
     said = dino_mm_command('new', 'project', '--data', 'data', '--gpus', '2', cwd=tmp_path)
     assert f'{tmp_path}/data/annotations/instances_train.json: 8 images' in said
-    assert said.endswith('written: project/config.py\ntrain it: tools/dist_train.sh project/config.py 2\n')
+    command = 'torchrun --nproc_per_node=2 -m dino_mm train project/config.py --launcher pytorch'
+    assert said.endswith(f'written: project/config.py\ntrain it: {command}\n')
     for arguments, line in (
         (['project'], 'error: project: it exists and is not an empty folder. Name another one, or remove it.'),
         (

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from dino_mm.datasets.digits import make_digits
+from dino_mm.projects.config_text import launch_command
 
 CONFIG = 'configs/dino-demo/dino_digits.py'
 
@@ -207,6 +209,14 @@ def test_distributed_scripts_train_and_test_on_two_processes(data: Path, tmp_pat
         OMP_NUM_THREADS='1',
     )
     assert 'coco/bbox_mAP:' in done.stdout + done.stderr
+
+
+def test_the_command_for_several_gpus_trains_from_any_folder(data: Path, tmp_path: Path) -> None:
+    command = launch_command('dino_digits', 2).replace('torchrun', 'torchrun --master_port=29631').split()
+    command[:1] = [sys.executable, '-m', 'torch.distributed.run']
+    settings = options(TINY | data_options(data) | {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2})
+    run(*command, *settings, cwd=tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    assert (tmp_path / 'work_dirs/dino_digits/iter_2.pth').exists()
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
