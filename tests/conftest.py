@@ -1,11 +1,13 @@
 """Settings and fixtures of all tests."""
 
 import os
+import random
 from collections.abc import Sequence
 
 # Processes of tests that run side by side (pytest-xdist) have one thread each.
 os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 
+import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -23,7 +25,9 @@ torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> None:
-    """Same random numbers in every test, and no default scope left from another one."""
+    """Same random numbers in every test, whoever draws them, and no default scope left from another one."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     DefaultScope._instance_dict.clear()
 

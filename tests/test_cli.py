@@ -71,8 +71,8 @@ def test_models_prints_a_table() -> None:
 
 
 @pytest.mark.parametrize('name', list(cli.COMMANDS))
-def test_help_has_an_example(name: str) -> None:
-    done = python('-m', 'dino_mm', name, '--help')
+def test_help_has_an_example(name: str, script: Path) -> None:
+    done = run_tool(script, name, '--help')
     assert f'usage: dino-mm {name} ' in done.stdout
     assert done.stdout.splitlines()[-1] == f'example: dino-mm {name} {cli.COMMANDS[name].example}'.rstrip()
 
@@ -87,23 +87,22 @@ def test_tools_get_their_arguments_and_pass_their_status_on(script: Path, tmp_pa
         (tmp_path / f'{name}.json').write_text(json.dumps(content))
     for name, status in (('good', 0), ('bad', 1)):
         arguments = (f'{name}.json', '--picture', 'out.png')
-        more = dict(cwd=tmp_path, status=status, PYTHONPATH=str(ROOT))
-        done = python(script, 'check', *arguments, **more)
-        assert done.stdout == python(ROOT / 'tools/check_dataset.py', *arguments, **more).stdout
+        more = dict(cwd=tmp_path, status=status)
+        done = run_tool(script, 'check', *arguments, **more)
+        assert done.stdout == run_tool(ROOT / 'tools/check_dataset.py', *arguments, **more).stdout
         assert done.stdout.endswith('picture: out.png\n')
-    assert 'unrecognized arguments: --no' in python('-m', 'dino_mm', 'check', 'x', '--no', status=2).stderr
+    assert 'unrecognized arguments: --no' in run_tool(script, 'check', 'x', '--no', status=2).stderr
 
 
-def test_trains_and_tests_by_name(tmp_path: Path) -> None:
+def test_trains_and_tests_by_name(script: Path, tmp_path: Path) -> None:
     data = tmp_path / 'data'
     make_digits(data, num_train=4, num_val=2)
     settings = options(TINY | data_options(data) | {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2})
     python('-m', 'dino_mm', 'train', 'dino_digits', *settings, cwd=tmp_path, PYTHONPATH=str(ROOT))
     checkpoint = tmp_path / 'work_dirs/dino_digits/iter_2.pth'
-    more = dict(cwd=tmp_path, PYTHONPATH=str(ROOT))
-    done = python('-m', 'dino_mm', 'test', 'dino-demo/dino_digits', checkpoint, *settings, **more)
+    done = run_tool(script, 'test', 'dino-demo/dino_digits', checkpoint, *settings, cwd=tmp_path)
     assert 'coco/bbox_mAP:' in done.stdout
-    done = python('-m', 'dino_mm', 'train', 'dino_digit', status=1, **more)
+    done = run_tool(script, 'train', 'dino_digit', status=1, cwd=tmp_path)
     assert done.stderr.splitlines()[-1].startswith(
         "error: dino_mm ships no config 'dino_digit'. Near to it: dino_digits; "
     )
@@ -134,12 +133,11 @@ def test_what_was_typed_wrong_is_one_line(arguments: tuple, status: int, said: s
     assert 'Traceback' not in done.stderr
 
 
-def test_a_broken_config_is_one_line_for_every_command(tmp_path: Path) -> None:
+def test_a_broken_config_is_one_line_for_every_command(script: Path, tmp_path: Path) -> None:
     """Also for those whose tool does not say so itself."""
     (tmp_path / 'broken.py').write_text(BROKEN)
     torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'a.pth')
-    command = ('convert', 'a.pth', 'b.pth', '--config', 'broken.py')
-    done = python('-m', 'dino_mm', *command, cwd=tmp_path, status=1, PYTHONPATH=str(ROOT))
+    done = run_tool(script, 'convert', 'a.pth', 'b.pth', '--config', 'broken.py', cwd=tmp_path, status=1)
     assert done.stderr.splitlines()[-1].startswith('error: broken.py, or a file of its `_base_`, is no Python: ')
     assert 'Traceback' not in done.stderr
 
