@@ -111,6 +111,7 @@ def test_predictions_are_equal(theirs: nn.Module, loaded: nn.Module, batch: tupl
     torch.testing.assert_close(actual.bboxes, expected.bboxes.to(actual.bboxes), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @with_mmdets_dino
 def test_losses_are_equal(theirs: nn.Module, loaded: nn.Module, batch: tuple) -> None:
     torch.set_default_dtype(torch.float64)  # mmdet makes its denoising queries in the default type

@@ -63,7 +63,12 @@ class Watch(Hook):
         self.unused = [k for k, v in runner.model.named_parameters() if v.requires_grad and v not in stepped]
 
 
-@pytest.mark.parametrize('name', FAMILIES, ids=[name.split('/')[0] for name in FAMILIES])
+def marked(name: str) -> object:
+    family = name.split('/')[0]
+    return pytest.param(name, marks=pytest.mark.slow if family == 'dino-vitdet' else (), id=family)
+
+
+@pytest.mark.parametrize('name', map(marked, FAMILIES))
 def test_one_iteration(name: str, data: Path, tmp_path: Path) -> None:
     cfg = Config.fromfile(dino_mm.cfg(name))
     options = {FAMILIES[name]: None, 'train_dataloader.dataset.data_root': f'{data}/', 'work_dir': str(tmp_path)}

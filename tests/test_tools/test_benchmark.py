@@ -284,6 +284,7 @@ def test_no_part_calls_more_operators_than_mmdets(batch: int, boxes: int, monkey
                 assert counts[phase]['calls'].total() <= limits[phase]['calls'].total(), f'{work}, {phase}'
 
 
+@pytest.mark.slow
 @with_mmdets_dino
 def test_components_growth_and_picture(tmp_path: Path) -> None:
     out, picture = tmp_path / 'report.json', tmp_path / 'new' / 'growth.png'
