@@ -55,12 +55,12 @@ def has_settings(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn errors of a config that is no Python, or whose ``_base_`` is missing, into a SettingError that names it."""
+    """Raise a SettingError that names ``path`` if the config is not valid Python, or if its ``_base_`` is missing."""
     try:
         yield
     except SyntaxError as error:
         line = '' if error.lineno is None else f' (line {error.lineno})'
-        raise SettingError(f'{path}, or a file of its `_base_`, is no Python: {error.msg}{line}.') from None
+        raise SettingError(f'{path}, or a file of its `_base_`, is not valid Python: {error.msg}{line}.') from None
     except FileNotFoundError as error:
         raise SettingError(f'{path}: {error}') from None
 

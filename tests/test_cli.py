@@ -119,8 +119,8 @@ def test_trains_and_tests_by_name(script: Path, tmp_path: Path) -> None:
         ),
         (('benchmark.py', '--cfg-options', 'a b=1', 'c'), 2, 'error: --cfg-options c: write key=value, '),
         (('test.py', 'dino_digits', 'zoo', '--work-dir', 'work'), 1, 'error: The zoo has no weights of dino_digits; '),
-        (('train.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
-        (('export.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is no Python: '),
+        (('train.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is not valid Python: '),
+        (('export.py', 'broken.py'), 1, 'error: broken.py, or a file of its `_base_`, is not valid Python: '),
         (('predict.py', 'broken.py', 'a.png', '--weights', 'a.pth'), 1, 'error: broken.py, or a file of its '),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_broken_config_is_one_line_for_every_command(script: Path, tmp_path: P
     (tmp_path / 'broken.py').write_text(BROKEN)
     torch.save({'backbone.weight': torch.zeros(1)}, tmp_path / 'a.pth')
     done = run_tool(script, 'convert', 'a.pth', 'b.pth', '--config', 'broken.py', cwd=tmp_path, status=1)
-    assert done.stderr.splitlines()[-1].startswith('error: broken.py, or a file of its `_base_`, is no Python: ')
+    assert done.stderr.splitlines()[-1].startswith('error: broken.py, or a file of its `_base_`, is not valid Python: ')
     assert 'Traceback' not in done.stderr
 
 

@@ -221,7 +221,7 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
 @pytest.mark.parametrize(
     ('text', 'said'),
     [
-        ('model = dict(a=[1', r'config.py, or a file of its `_base_`, is no Python: .* \(line 1\)\.$'),
+        ('model = dict(a=[1', r'config.py, or a file of its `_base_`, is not valid Python: .* \(line 1\)\.$'),
         ("_base_ = 'none.py'", r'config.py: .*none\.py'),
         (
             "_base_ = 'dino_mm::r50_4scale_13ep'",

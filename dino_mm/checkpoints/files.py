@@ -53,7 +53,7 @@ TENSOR_TYPES = {
     'torch.device',
     *(f'torch.{kind}' for kind in ('float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'uint8', 'bool')),
 }
-#: What is given for a checkpoint by mistake.
+#: Files that people give in place of a checkpoint.
 OTHER_FILES = {'.onnx': 'an exported model', '.pt2': 'an exported model', '.py': 'a config', '.json': 'annotations'}
 #: First digits of a file's SHA-256 at the end of its name, as in ``resnet50-0676ba61.pth``.
 HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')

@@ -39,7 +39,7 @@ GRACE = 3.0
 
 
 class OptionsAction(DictAction):
-    """mmengine's ``--cfg-options``, which says what is no ``key=value``."""
+    """``--cfg-options`` as mmengine reads them. A value without ``=`` is an error of one line."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Add the values to those that are there."""

@@ -10,7 +10,7 @@ from .tracing import is_looked_into
 
 
 def _onednn_is_faster() -> bool:
-    """Whether this processor has AVX-512 that MKL, which runs ``F.linear``, leaves alone: all but Intel's own."""
+    """Whether this processor has AVX-512 and is not Intel's: MKL, which runs ``F.linear``, uses it on Intel's only."""
     processor = Path('/proc/cpuinfo')
     return (
         torch.backends.mkldnn.is_available()
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # (1, in_features, 1, num_rows), channels last in memory: no copy.
     rows = x.reshape(1, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
     output = F.conv2d(rows, weight[..., None, None], bias).permute(0, 2, 3, 1)
-    # No view for autograd, as what F.linear gives of rows is none: to write to one, as mmcv's ReLU does, costs copies.
+    # `view` would do, but mmcv's ReLU writes into the output, and autograd copies where something writes into a view.
     return torch.ops.aten._unsafe_view(output, (*x.shape[:-1], len(weight)))
 
 
