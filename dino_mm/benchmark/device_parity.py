@@ -81,10 +81,10 @@ def values(model: Any, inputs: Tensor, samples: SampleList, training: bool) -> V
     model.train(training)
     if not training:
         with torch.no_grad():
-            found = model.predict(inputs, samples)[0].pred_instances
+            found = model(inputs, samples, mode='predict')[0].pred_instances
         return {name: found[name].detach().cpu().double() for name in ('scores', 'labels', 'bboxes')}
     model.zero_grad()
-    losses = model.loss(inputs, samples)
+    losses = model(inputs, samples, mode='loss')
     sum(losses.values()).backward()
     losses['gradients'] = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return {name: loss.detach().cpu().double() for name, loss in losses.items()}

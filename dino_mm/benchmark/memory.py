@@ -180,7 +180,7 @@ def training_peak(config: ConfigDict, setting: Setting, half: bool = False) -> P
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         batch = make_batch(setting, model.bbox_head.num_classes)
         with torch.autocast('cpu', torch.bfloat16) if half else nullcontext():
-            loss = sum(model.loss(*batch).values())
+            loss = sum(model(*batch, mode='loss').values())
         loss.backward()
     return Peak(weights + 2 * trained, live.peak - weights)
 

@@ -28,22 +28,22 @@ def center_size(boxes: Tensor) -> Tensor:
 
 
 def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """GIoU of boxes (..., 4), xyxy in [0, 1] of the image, broadcast against each other.
+    """GIoU of boxes (..., 4), xyxy in [0, 1] of the image, as many dimensions each, broadcast against each other.
 
     Source: Rezatofighi et al., Generalized Intersection over Union, algorithm 1.
     """
-    # In place, as the pairs of all queries and objects are many.
-    left1, top1, right1, bottom1 = boxes1.unbind(-1)
-    left2, top2, right2, bottom2 = boxes2.unbind(-1)
-    width1, height1, width2, height2 = right1 - left1, bottom1 - top1, right2 - left2, bottom2 - top2
-    width = torch.minimum(right1, right2).sub_(torch.maximum(left1, left2))
-    height = torch.minimum(bottom1, bottom2).sub_(torch.maximum(top1, top2))
+    # Both directions at once; in place, as the pairs of all queries and objects are many.
+    starts1, ends1 = boxes1.movedim(-1, 0).split(2)
+    starts2, ends2 = boxes2.movedim(-1, 0).split(2)
+    sides1, sides2 = ends1 - starts1, ends2 - starts2
+    shared = torch.minimum(ends1, ends2).sub_(torch.maximum(starts1, starts2))
     # What two intervals span together is the sum of their lengths less what they share, or plus the gap between them.
-    hull_sides = (width1 + width2).sub_(width), (height1 + height2).sub_(height)
-    hull = torch.addcmul(width.new_full((), AREA_EPS), *hull_sides)
+    hull_sides = (sides1 + sides2).sub_(shared)
+    hull = torch.addcmul(shared.new_full((), AREA_EPS), *hull_sides)
     del hull_sides
-    intersection = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    union = (width1 * height1 + AREA_EPS + width2 * height2).sub_(intersection)
+    intersection = torch.mul(*shared.clamp_(min=0))
+    del shared
+    union = (torch.mul(*sides1) + AREA_EPS + torch.mul(*sides2)).sub_(intersection)
     return intersection.div_(union).addcdiv_(union, hull).sub_(1)
 
 

@@ -22,14 +22,15 @@ def run_branches(branches: Sequence[nn.Module], inputs: Tensor) -> Tensor:
     depths = list(zip(*map(_steps, branches), strict=True))
     if len(branches) == 1 or is_looked_into() or not depths or not all(map(_are_plain, depths)):
         return torch.stack([branch(x) for branch, x in zip(branches, inputs, strict=True)])
-    x = inputs.flatten(1, -2)
+    # Columns, not rows, so that the gradients of the weights lie in memory as the weights do, or each is copied.
+    x = inputs.flatten(1, -2).transpose(1, 2)
     for steps in depths:
         if isinstance(steps[0], nn.ReLU):
             x = x.relu()
         else:
-            weight = torch.stack([step.weight for step in steps])
-            x = torch.baddbmm(torch.stack([step.bias for step in steps])[:, None], x, weight.transpose(1, 2))
-    return x.unflatten(1, inputs.shape[1:-1])
+            weight, bias = (torch.stack([getattr(step, name) for step in steps]) for name in ('weight', 'bias'))
+            x = torch.baddbmm(bias[..., None], weight, x)
+    return x.transpose(1, 2).unflatten(1, inputs.shape[1:-1])
 
 
 def _steps(branch: nn.Module) -> list[nn.Module]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .branches import has_hooks
-from .half_weights import as_autocast
 from .linear import Linear
+from .step_weights import as_autocast
 from .tracing import is_looked_into
 
 #: Parts of which mmcv's feed-forward network is built, with its linear layers or ours.

@@ -23,10 +23,11 @@ from dino_mm.registry import MODELS
 
 #: Operator calls for two images of one size, without padding. MMDetection's DINO makes 7,934 and 5,400, and has 299
 #: synchronisations, not counting label checks, with 8 boxes in each. Lower these with the code; do not raise them.
-FORWARD_CALLS, BACKWARD_CALLS = 2400, 3100
+FORWARD_CALLS, BACKWARD_CALLS = 2260, 3005
 #: Those of a step in precisions of a GPU that are no views and take no memory, sampling being one operator: about as
-#: many kernels start, or a third more. Casts are what half precision adds.
-LAUNCHES = {torch.float32: (912, 985), torch.bfloat16: (1001, 1120)}
+#: many kernels start, or a third more. Casts are what half precision adds. A GPU adds the biases of the backbone's 53
+#: convolutions by kernels of their own.
+LAUNCHES = {torch.float32: (810, 895), torch.bfloat16: (901, 1031)}
 NO_LAUNCH = {
     'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze', 'split',
     'split_with_sizes', 'unbind', 'detach', 'alias', 'as_strided', 'unfold', 'lift_fresh',
@@ -49,7 +50,9 @@ def _operators_of_any_machine() -> Iterator[None]:
 @pytest.fixture(scope='module')
 def model() -> DINO:
     init_default_scope('mmdet')
-    return MODELS.build(Config.fromfile(dino_mm.cfg('dino-resnet/dino_r50_4scale_12ep.py')).model).train()
+    model = MODELS.build(Config.fromfile(dino_mm.cfg('dino-resnet/dino_r50_4scale_12ep.py')).model).train()
+    count_step(model, (1, 1))  # the first step makes what frozen norms keep
+    return model
 
 
 def count_step(model: DINO, counts: tuple[int, ...]) -> tuple[OperatorCounter, OperatorCounter]:
@@ -57,7 +60,7 @@ def count_step(model: DINO, counts: tuple[int, ...]) -> tuple[OperatorCounter, O
     inputs, samples = make_samples(counts)
     model.zero_grad()
     with OperatorCounter() as forward:
-        loss = sum(model.loss(inputs, samples).values())
+        loss = sum(model(inputs, samples, mode='loss').values())
     with OperatorCounter() as backward:
         loss.backward()
     return forward, backward
@@ -118,7 +121,7 @@ def test_detection_waits_once_a_batch(counts: tuple[int, ...], padded: bool, mod
     inputs, samples = make_samples(counts, sizes=sizes[: len(counts)])
     model.eval()
     with OperatorCounter() as counter:
-        model.predict(inputs, samples)
+        model(inputs, samples, mode='predict')
     model.train()
     assert counter.waits == WAITS
     (place,) = counter.places
@@ -129,7 +132,7 @@ def test_a_padded_training_step_waits_once(model: DINO) -> None:
     inputs, samples = make_samples((8, 3), sizes=((64, 96), (48, 64)))
     model.zero_grad()
     with OperatorCounter() as counter:
-        sum(model.loss(inputs, samples).values()).backward()
+        sum(model(inputs, samples, mode='loss').values()).backward()
     assert {kind: count for kind, count in counter.waits.items() if kind != LABEL_CHECK} == WAITS
     (place,) = counter.places
     assert place.startswith('task_modules/hungarian_matcher.py')
@@ -166,11 +169,11 @@ def test_a_gpu_is_waited_for_once(sizes: tuple, tiny_cfg: Config) -> None:
     inputs, samples = inputs.cuda(), [sample.cuda() for sample in samples]
 
     def training_step() -> None:
-        sum(model.loss(inputs, samples).values()).backward()
+        sum(model(inputs, samples, mode='loss').values()).backward()
 
     @torch.no_grad()
     def detection() -> None:
-        model.predict(inputs, samples)
+        model(inputs, samples, mode='predict')
 
     for work in (training_step, detection):
         model.train(work is training_step)

@@ -1,6 +1,8 @@
 """Losses, gradients, matching and post-processing equal detrex's, in float64."""
 
+import copy
 import re
+from functools import partial
 
 import numpy as np
 import parity
@@ -11,6 +13,8 @@ from mmdet.structures import DetDataSample
 from parity import golden
 from torch import Tensor
 
+from dino_mm.benchmark.device_parity import use_channels_last
+from dino_mm.engine.compilation import compile_detector
 from dino_mm.models import DINO
 from dino_mm.models.layers import tokens
 from dino_mm.registry import MODELS
@@ -49,6 +53,19 @@ def test_training_step(
     matches = record_matches(model, monkeypatch)
     check(train(model, inputs, samples), expected, request.node.callspec.params['model'])
     check_matching(matches[0], expected['matching'], expected['gt_classes'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('model', 'name', 'case'), [CASES[0], CASES[-1]], indirect=['model'])
+def test_training_step_in_other_ways(
+    model: DINO, name: str, case: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Channels last in memory, then compiled too."""
+    model = copy.deepcopy(model)
+    expected, inputs, samples = read(model, name, case, monkeypatch)
+    for change in (use_channels_last, partial(compile_detector, backend='aot_eager')):
+        change(model)
+        check(train(model, inputs, samples), expected, request.node.callspec.params['model'])
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -115,7 +132,7 @@ def train(model: DINO, inputs: Tensor, samples: list[DetDataSample]) -> tuple[di
     """Losses, and norms of the gradients by the names of parameters."""
     model.train()
     model.zero_grad()
-    losses = model.loss(inputs, samples)
+    losses = model(inputs, samples, mode='loss')  # with frozen norms in the convolutions, as a training runs it
     sum(losses.values()).backward()
     norms = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.requires_grad}
     return {k: v.item() for k, v in losses.items()}, norms

@@ -1,6 +1,6 @@
 """Every architecture of the zoo: detrex's checkpoint loads as it is and gives detrex's numbers, in float64."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import parity
@@ -10,6 +10,8 @@ import zoo
 from parity import flat_sample, golden
 from torch import Tensor
 
+from dino_mm.benchmark.device_parity import use_channels_last
+from dino_mm.engine.compilation import compile_detector
 from dino_mm.models import DINO
 from dino_mm.registry import MODELS
 
@@ -95,6 +97,22 @@ def test_inference(arch: str, name: str, size: tuple[int, int]) -> None:
     assert checked >= {'init_boxes', 'pred_boxes', 'enc_topk_scores', 'det_scores', 'det_labels'}
     # Pixels, of values up to 1024 rounded to float32 by the reference.
     assert check(results.bboxes, expected, 'det_boxes', atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch', [arch for arch in QUICK if arch != 'dino_r50_5scale'])
+def test_inference_in_other_ways(arch: str) -> None:
+    """Channels last in memory, then compiled too: one model of each family, as its detections are."""
+    model, expected = load(arch).eval(), golden(f'eval/{arch}.npz')
+    inputs, samples = parity.batch([parity.image(2022, 256, 320)])
+    for change in (use_channels_last, partial(compile_detector, backend='aot_eager')):
+        change(model)
+        with torch.no_grad():
+            found = model(inputs, samples, mode='predict')[0].pred_instances
+        assert check(found.scores, expected, 'det_scores')
+        assert check(found.labels, expected, 'det_labels')
+        assert check(found.bboxes, expected, 'det_boxes', atol=2e-4)
+    load.cache_clear()  # what is compiled stays so
 
 
 def backbone_keys(expected: dict) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ...ops.branches import run_branches
-from ...ops.half_weights import as_autocast
+from ...ops.step_weights import as_autocast
 from ...ops.tracing import is_looked_into
 from ...ops.transfer import to_device
 from ..box_ops import refine_boxes

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dino_mm.registry import MODELS
 
 from ...checkpoints.loading import convert_backbones_on_load, convert_detectors_on_load, loading
-from ...ops.half_weights import half_weights
+from ...ops.frozen_norms import FrozenNorm, frozen_norms
+from ...ops.step_weights import step_weights
 from ..builder import build_part
 from ..dense_heads.dino_head import DINOHead
 from ..layers.denoising import CDNGenerator
@@ -94,6 +95,7 @@ class DINO(DetectionTransformer):
         self._check_neck(neck.get('num_outs', num_feature_levels), neck.get('out_channels', embed_dims))
 
         self.backbone = build_part('backbone', backbone)
+        self._frozen_norms: list[FrozenNorm] = []
         self.neck = build_part('neck', neck)
         self._neck_inputs = neck.get('in_channels')
         self.channels_last = channels_last
@@ -160,9 +162,15 @@ class DINO(DetectionTransformer):
         with loading(self, strict):
             return super().load_state_dict(state_dict, strict, assign)
 
+    def train(self, mode: bool = True) -> 'DINO':
+        """As torch's. In training, norms of the backbone that are frozen become part of its convolutions."""
+        super().train(mode)
+        self._frozen_norms = frozen_norms(self.backbone) if mode else []
+        return self
+
     def forward(self, inputs: Tensor, data_samples: OptSampleList = None, mode: str = 'tensor') -> Any:
         """As mmdet's: ``loss``, ``predict`` or what the head's ``forward`` gives; what runners call."""
-        with half_weights(self):
+        with step_weights(self, self._frozen_norms):
             return super().forward(inputs, data_samples, mode)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ...ops.branches import has_hooks
 from ...ops.deformable_sampling import sample_levels
-from ...ops.half_weights import as_autocast
 from ...ops.linear import linear
+from ...ops.step_weights import as_autocast
 from ..structures import FeatureLevels
 
 

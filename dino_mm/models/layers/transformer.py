@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_mm.registry import MODELS
 
-from ...ops.half_weights import as_autocast, with_its_weights
 from ...ops.linear import use_fast_linear
 from ...ops.recomputation import is_cheaper_to_compute_again, run_again_for_gradients
+from ...ops.step_weights import as_autocast, with_its_weights
 from ..box_ops import encode_boxes, refine_boxes, wavelengths
 from ..structures import DecoderStates, FeatureLevels, Tokens
 from .attention import DeformableAttention, SelfAttention, attention_mask

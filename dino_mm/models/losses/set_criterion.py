@@ -85,17 +85,15 @@ class SetCriterion(nn.Module):
             ``LOSSES`` of the matching queries, (3, num_layers), and of the denoising queries, (3, num_layers).
         """
         dn_targets = targets if dn_targets is None else dn_targets
-        num_layers, num_dn = len(decoder.scores), num_dn_groups * 2 * dn_targets.boxes.shape[1]
+        num_dn = num_dn_groups * 2 * dn_targets.boxes.shape[1]
         matching = [Predictions(decoder.scores[:, :, num_dn:], decoder.boxes[:, :, num_dn:])]
         matching += [] if encoder is None else [encoder]
         boxes = torch.cat([layers.boxes for layers in matching])
         match = self._match([layers.scores for layers in matching], boxes, targets)
 
         labels = self._labels(match, boxes.shape[2], targets, dn_targets, num_dn_groups)
-        loss_cls, dn_loss_cls = self._class_losses(decoder.scores, labels[:num_layers], num_dn)
-        if encoder is not None:
-            encoder_loss = _classify(self.loss_cls, encoder.scores, labels[num_layers:, :, num_dn:])
-            loss_cls = torch.cat([loss_cls, encoder_loss.flatten(1).sum(1)])
+        scores = [decoder.scores] if encoder is None else [decoder.scores, encoder.scores]
+        loss_cls, dn_loss_cls = self._class_losses(scores, labels, num_dn)
         positives = _positives(decoder.boxes[:, :, :num_dn], dn_targets, num_dn_groups)
         box_losses, dn_box_losses = self._box_losses(boxes, match, positives, targets, dn_targets)
 
@@ -133,13 +131,14 @@ class SetCriterion(nn.Module):
         _positives(labels[..., :num_dn], dn_targets, num_dn_groups).copy_(restored)
         return labels[..., :-1]
 
-    def _class_losses(self, scores: Tensor, labels: Tensor, num_dn: int) -> tuple[Tensor, Tensor]:
-        """Losses of the decoder's matching and denoising queries, (num_layers,) each."""
-        loss = _classify(self.loss_cls, scores, labels)
-        dn_loss, loss = loss.split([num_dn, scores.shape[2] - num_dn], 2)
+    def _class_losses(self, scores: list[Tensor], labels: Tensor, num_dn: int) -> tuple[Tensor, Tensor]:
+        """Losses of the matching queries, the encoder's last, and of the decoder's denoising queries: (num_layers,)."""
+        decoder, num_layers = scores[0], len(scores[0])
+        loss, *encoder = _classify(self.loss_cls, scores, [labels[:num_layers], labels[num_layers:, :, num_dn:]])
+        dn_loss, loss = loss.split([num_dn, decoder.shape[2] - num_dn], 2)
         if self.loss_dn_cls is not None:
-            dn_loss = _classify(self.loss_dn_cls, scores[:, :, :num_dn], labels[:, :, :num_dn])
-        return loss.flatten(1).sum(1), dn_loss.flatten(1).sum(1)
+            (dn_loss,) = _classify(self.loss_dn_cls, [decoder[:, :, :num_dn]], [labels[:num_layers, :, :num_dn]])
+        return torch.cat([part.flatten(1).sum(1) for part in (loss, *encoder)]), dn_loss.flatten(1).sum(1)
 
     def _box_losses(
         self, boxes: Tensor, match: Tensor, positives: Tensor, targets: Targets, dn_targets: Targets
@@ -183,7 +182,10 @@ def _positives(dn_queries: Tensor, targets: Targets, num_groups: int) -> Tensor:
     return dn_queries.unflatten(2, (num_groups, 2, targets.boxes.shape[1]))[:, :, :, 0].transpose(1, 2)
 
 
-def _classify(loss_cls: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
-    """Loss of every query, (num_layers, bs, num_queries) or with classes as one more dimension."""
-    loss = loss_cls(scores.flatten(0, 2), labels.flatten(), reduction_override='none')
-    return loss.unflatten(0, labels.shape)
+def _classify(loss_cls: nn.Module, scores: Sequence[Tensor], labels: Sequence[Tensor]) -> list[Tensor]:
+    """Loss of every query of each ``scores``: (num_layers, bs, num_queries), or with classes as one more dimension."""
+    parts = list(zip(scores, labels, strict=False))  # without an encoder, its labels are none
+    logits = torch.cat([part.flatten(0, 2) for part, _ in parts])
+    loss = loss_cls(logits, torch.cat([part.flatten() for _, part in parts]), reduction_override='none')
+    losses = loss.split([part.numel() for _, part in parts])
+    return [part.unflatten(0, of.shape) for part, (_, of) in zip(losses, parts, strict=True)]

@@ -82,7 +82,7 @@ class HungarianMatcher:
         boxes = boxes + torch.cat([layers.sum((2, 3)) for layers in scores]).mul_(0)[..., None, None]
         target_boxes = targets.boxes.to(boxes)
         cost = torch.cdist(target_boxes.expand(len(boxes), -1, -1, -1), boxes, p=1).mul_(self.cost_bbox)
-        giou = generalized_iou(corners(boxes)[..., None, :, :], corners(target_boxes)[..., None, :])
+        giou = generalized_iou(corners(boxes)[..., None, :, :], corners(target_boxes)[None, ..., None, :])
         cost.sub_(giou, alpha=self.cost_giou)
         del giou
         images = torch.arange(len(targets.labels), device=boxes.device)[:, None]

@@ -13,7 +13,7 @@ from dino_mm.models import DINO
 from dino_mm.models.dense_heads import dino_head
 from dino_mm.models.detectors import dino
 from dino_mm.models.layers import attention
-from dino_mm.ops.half_weights import as_autocast, half_weights, with_its_weights
+from dino_mm.ops.step_weights import as_autocast, step_weights, with_its_weights
 from dino_mm.registry import MODELS
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='before torch 2.4 autocast casts')
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 def detect(network: nn.Module, image: Tensor) -> Tensor:
     """As the child of a model."""
-    with half_weights(nn.ModuleList([network])):
+    with step_weights(nn.ModuleList([network])):
         return network(image)
 
 
@@ -72,14 +72,14 @@ def test_values_and_gradients_are_autocasts() -> None:
 
 def test_without_autocast_or_compiled_weights_stay() -> None:
     model, image = nn.Sequential(Network()), torch.randn(1, 3, 9, 9)
-    with half_weights(model):
+    with step_weights(model):
         assert isinstance(model[0].shared.weight, nn.Parameter)
     model[0].attn.compile(backend='eager')
-    with torch.autocast('cpu', torch.bfloat16), half_weights(model):
+    with torch.autocast('cpu', torch.bfloat16), step_weights(model):
         assert model[0].shared.weight.dtype is torch.bfloat16
         assert model[0].attn.in_proj_weight.dtype is model[0].attn.out_proj.weight.dtype is torch.float32
     model = nn.Sequential(torch.compile(Network(), backend='eager'))
-    with torch.autocast('cpu', torch.bfloat16), half_weights(model):
+    with torch.autocast('cpu', torch.bfloat16), step_weights(model):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert as_autocast(image) is image
 
@@ -89,9 +89,9 @@ def test_afterwards_all_is_as_before() -> None:
     model = nn.Sequential(Network(), nn.Linear(2, 2))
     before = dict(model.named_parameters())
     with torch.autocast('cpu', torch.bfloat16):
-        with half_weights(model):
+        with step_weights(model):
             halves = model[0].conv.weight
-            with half_weights(model):
+            with step_weights(model):
                 assert model[0].conv.weight is halves
             assert model[0].conv.weight is halves
         with pytest.raises(RuntimeError):
@@ -105,13 +105,28 @@ def test_what_is_called_again_has_the_weights_of_the_first_call() -> None:
     model, image = nn.Sequential(Network()), torch.randn(1, 3, 9, 9)
     assert with_its_weights(model[0]) is model[0]
     with torch.autocast('cpu', torch.bfloat16):
-        with half_weights(model):
+        with step_weights(model):
             again, expected = with_its_weights(model[0]), model[0](image)
         with OperatorCounter() as counter:
             assert torch.equal(again(image), expected)
         assert not counter.calls['_foreach_copy_']
         assert counter.calls['_to_copy'] < 10
     assert isinstance(model[0].conv.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(('size', 'kernels'), [(1, 12), (200, 4), (10**9, 1)])
+def test_weights_are_made_in_groups_whose_gradients_are_ready_together(
+    size: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layers' first, so that other processes need not wait for all."""
+    monkeypatch.setattr('dino_mm.ops.step_weights.GROUP', size)
+    image, network, ready = torch.randn(2, 3, 9, 9), Network(), []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, name=name: ready.append(name))
+    _, calls = run(network, image, half=True)
+    assert calls[0]['_foreach_copy_'] == kernels
+    assert ready.index('conv.weight') > ready.index('attn.in_proj_weight') or kernels == 1
 
 
 @pytest.mark.parametrize('num_cp', [0, 1])
@@ -125,7 +140,7 @@ def test_a_training_step_is_autocasts(num_cp: int, monkeypatch: pytest.MonkeyPat
     # Weights that are stacked have gradients of their own there, and the cast ones are not shared with the decoder.
     monkeypatch.setattr(dino_head, 'run_branches', lambda parts, x: torch.stack([f(y) for f, y in zip(parts, x)]))  # noqa: B905
     half, casts = training_step(cfg)
-    monkeypatch.setattr(dino, 'half_weights', lambda model: nullcontext())
+    monkeypatch.setattr(dino, 'step_weights', lambda *args: nullcontext())
     plain, none = training_step(cfg)
     torch.testing.assert_close(half, plain, rtol=0, atol=0)
     # Inputs that are cast once have the sum of their gradients rounded, those that autocast casts each summand.
@@ -135,8 +150,7 @@ def test_a_training_step_is_autocasts(num_cp: int, monkeypatch: pytest.MonkeyPat
         for found in (shared, plain)
     ]
     assert errors[0].median() < 1.1 * errors[1].median() < 0.1
-    # Backbone, neck, encoder, decoder, query selector, head.
-    assert (casts, none) == (6, 0)
+    assert (casts, none) == (1, 0)
 
 
 def training_step(cfg: dict, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, Tensor], int]:

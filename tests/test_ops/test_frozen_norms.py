@@ -1,0 +1,229 @@
+"""Frozen norms that are part of the convolutions before them change no numbers, and are kept for no gradient."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import make_samples, tiny_model_cfg
+from mmengine.config import ConfigDict
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
+from torch import Tensor, nn
+
+from dino_mm.benchmark.profiling import OperatorCounter
+from dino_mm.engine.compilation import compile_detector
+from dino_mm.models import DINO
+from dino_mm.registry import MODELS
+
+#: Norms of a ResNet of 18 layers: its own, two in each of eight blocks, three on the way past them.
+NUM_NORMS = 1 + 2 * 8 + 3
+
+
+def build(dtype: torch.dtype = torch.float64, **backbone: object) -> DINO:
+    """A tiny detector in training whose norms are frozen, with numbers of their own."""
+    cfg = ConfigDict(tiny_model_cfg())
+    cfg.backbone.update(dict(norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True) | backbone)
+    if backbone.get('depth') == 50:
+        cfg.neck.in_channels = [32, 64, 128]
+    torch.manual_seed(0)
+    model = MODELS.build(cfg).to(dtype).train()
+    for norm in norms(model):
+        nn.init.normal_(norm.running_mean, std=0.1)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.normal_(norm.weight, 1.0, 0.1)
+        nn.init.normal_(norm.bias, std=0.1)
+    return model
+
+
+def norms(model: DINO) -> list[nn.BatchNorm2d]:
+    return [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def step(model: DINO) -> tuple[dict[str, Tensor], int]:
+    """Losses and gradients of a training step, and how many norms ran by themselves."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    inputs, samples = make_samples((2, 1), sizes=((64, 96), (48, 64)))
+    with OperatorCounter() as counter:
+        losses = model(inputs.to(model.level_embed), samples, mode='loss')
+    sum(losses.values()).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()} | grads, counter.calls['native_batch_norm']
+
+
+def plain_step(model: DINO) -> dict[str, Tensor]:
+    """The same with norms that run by themselves."""
+    found, model._frozen_norms = model._frozen_norms, []
+    numbers, _ = step(model)
+    model._frozen_norms = found
+    return numbers
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        dict(),
+        dict(depth=50),
+        dict(depth=50, style='caffe', frozen_stages=2),
+        dict(avg_down=True),
+        dict(type='mmdet.ResNeXt', depth=50, groups=4, base_width=2),
+        dict(depth=50, plugins=[dict(cfg=dict(type='ContextBlock', ratio=0.5), position='after_conv2')]),
+    ],
+    ids=lambda options: '-'.join(map(str, options)) or 'as it is',
+)
+def test_a_training_step_is_the_same(backbone: dict) -> None:
+    model = build(**backbone)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = plain_step(model)
+    for _ in range(2):  # what the first step has kept serves the second
+        actual, num_norms = step(model)
+        assert num_norms == 0
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_the_maps_before_them_are_not_kept() -> None:
+    kept: dict[str, int] = {}
+    for run in (plain_step, step):
+        model = build(depth=50)
+
+        def keep(tensor: Tensor, name: str = run.__name__) -> Tensor:
+            kept[name] = kept.get(name, 0) + tensor.nbytes * (tensor.dim() == 4 and len(tensor) == 2)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run(model)
+    assert kept['step'] < 0.75 * kept['plain_step']
+
+
+def test_channels_last() -> None:
+    model = build()
+    expected = plain_step(model)
+    model.channels_last = True
+    model.backbone.to(memory_format=torch.channels_last)
+    actual, num_norms = step(model)
+    assert num_norms == 0
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert all(norm.scale().stride() == norm.conv.weight.stride() for norm in model._frozen_norms)
+
+
+@pytest.mark.skipif(not hasattr(torch, 'get_autocast_dtype'), reason='before torch 2.4 autocast casts')
+def test_under_autocast_they_are_as_exact() -> None:
+    """Weights are rounded once, after they are scaled."""
+    model = build(torch.float32)
+    exact = plain_step(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        halves = [plain_step(model), step(model)[0]]
+    names = [name for name in exact if name.startswith('backbone') and name.endswith('weight')]
+    errors = [
+        torch.stack([(half[name] - exact[name]).norm() / exact[name].norm() for name in names]).median()
+        for half in halves
+    ]
+    assert errors[1] < 1.1 * errors[0] < 0.2
+
+
+def look(model: DINO) -> None:
+    model.backbone.layer1[0].conv1.register_forward_hook(lambda *args: None)
+
+
+def look_at_gradients(model: DINO) -> None:
+    model.backbone.layer1[0].conv1.register_full_backward_hook(lambda *args: None)
+
+
+def learn(model: DINO) -> None:
+    model.backbone.layer1[0].bn1.weight.requires_grad_()
+
+
+def use_mmengines(model: DINO) -> None:
+    turn_on_efficient_conv_bn_eval(model, 'backbone')
+    model.train()
+
+
+def compute_again(model: DINO) -> None:
+    for block in model.backbone.layer2:
+        block.with_cp = True
+    model.train()
+
+
+@pytest.mark.parametrize(
+    ('change', 'expected'),
+    [(look, 1), (look_at_gradients, 1), (learn, 1), (use_mmengines, 0), (compute_again, 2 * 2 + 1)],
+)
+def test_norms_that_run_by_themselves(change: Callable[[DINO], None], expected: int) -> None:
+    model = build()
+    numbers = plain_step(model)
+    change(model)
+    actual, num_norms = step(model)
+    assert num_norms == expected
+    torch.testing.assert_close({name: actual[name] for name in numbers}, numbers, rtol=1e-9, atol=1e-9)
+
+
+def test_compiled_parts_are_left_as_they_are() -> None:
+    model = build()
+    expected = plain_step(model)
+    compile_detector(model, backend='eager')
+    actual, num_norms = step(model)
+    assert num_norms == NUM_NORMS - 1  # all but the one before the stages
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_norms_that_learn_do() -> None:
+    model = build(norm_eval=False, norm_cfg=dict(type='BN', requires_grad=True))
+    means = [norm.running_mean.clone() for norm in norms(model)]
+    _, num_norms = step(model)
+    assert num_norms == NUM_NORMS
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model), means, strict=True))
+
+
+def load(model: DINO) -> None:
+    model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
+
+
+def set_behind_torch(model: DINO) -> None:
+    for norm in norms(model):
+        norm.running_var.data.fill_(3.0)
+    model.train()
+
+
+def set_in_place(model: DINO) -> None:
+    for norm in norms(model):
+        norm.bias.detach().add_(0.1)
+
+
+def refine(model: DINO) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize('change', [load, set_behind_torch, set_in_place, refine])
+def test_numbers_that_change_count(change: Callable[[DINO], None]) -> None:
+    model = build(torch.float32 if change is refine else torch.float64)
+    before, _ = step(model)
+    change(model)
+    actual, num_norms = step(model)
+    assert num_norms == 0
+    assert not torch.allclose(actual['loss_cls'], before['loss_cls'].double(), rtol=1e-9)
+    torch.testing.assert_close(actual, plain_step(model), rtol=1e-9, atol=1e-9)
+
+
+def test_detections_and_copies() -> None:
+    """Without gradients, norms run by themselves; a copy has norms of its own."""
+    model = build()
+    step(model)
+    twin = copy.deepcopy(model)
+    assert {id(norm.conv) for norm in twin._frozen_norms} <= {id(module) for module in twin.modules()}
+    torch.testing.assert_close(step(twin)[0], step(model)[0], rtol=0, atol=0)
+    inputs, samples = make_samples((1,))
+    with OperatorCounter() as counter, torch.no_grad():
+        model.eval()(inputs.double(), samples, mode='predict')
+    assert counter.calls['native_batch_norm'] == NUM_NORMS
+    assert model._frozen_norms == []
+
+
+def test_after_an_error_all_is_as_before() -> None:
+    model = build()
+    samples = make_samples((1,))[1]
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 7, 8, 8).double(), samples, mode='loss')
+    assert all(norm.conv.bias is None and 'forward' not in vars(norm.norm) for norm in model._frozen_norms)
+    assert step(model)[1] == 0
