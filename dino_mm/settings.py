@@ -55,9 +55,13 @@ def has_settings(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Raise a SettingError that names ``path`` if the config is not valid Python, or if its ``_base_`` is missing."""
+    """Raise a SettingError that names ``path`` if the config is not valid Python, or does not fit to its ``_base_``."""
     try:
         yield
+    except TypeError as error:
+        if 'cannot inherit from base' not in str(error):
+            raise
+        raise SettingError(f'{path}: {error}') from None
     except SyntaxError as error:
         line = '' if error.lineno is None else f' (line {error.lineno})'
         raise SettingError(f'{path}, or a file of its `_base_`, is not valid Python: {error.msg}{line}.') from None
@@ -89,7 +93,8 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     for name, other in (('epochs', 'max_iters'), ('max_iters', 'epochs')):
         if name in named:
             options.setdefault(other, None)
-    config.merge_from_dict(options)
+    with reading(path):
+        config.merge_from_dict(options)
     if has_settings(config):
         apply_settings(config)
         _require_one_length(config, options)

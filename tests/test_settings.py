@@ -227,6 +227,10 @@ def test_what_is_wrong_is_one_line_with_the_file(text: str, said: str, tmp_path:
             "_base_ = 'dino_mm::r50_4scale_13ep'",
             "config.py: .*ships no config 'r50_4scale_13ep'. Near to it: dino_r50_",
         ),
+        (
+            "_base_ = 'dino_mm::dino_digits'\nmodel = dict(backbone=dict(init_cfg=dict(type='Pretrained')))",
+            r'config.py: .*init_cfg.*is a dict in the child config but is of type .*`_delete_=True`',
+        ),
     ],
 )
 @pytest.mark.parametrize('read', [read_config, dino_mm.get_config])
@@ -236,6 +240,11 @@ def test_what_is_no_config_is_one_line_with_the_file(
     with pytest.raises(SettingError, match=said) as caught:
         read(write(tmp_path, text))
     assert '\n' not in str(caught.value)
+
+
+def test_an_option_that_does_not_fit_is_one_line_with_the_file() -> None:
+    with pytest.raises(SettingError, match=r'dino_digits\.py: .*init_cfg.*`_delete_=True`'):
+        read_config(dino_mm.cfg('dino_digits'), {'model.backbone.init_cfg.type': 'Pretrained'})
 
 
 #: Misspelt key -> the one that is meant.

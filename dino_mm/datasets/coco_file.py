@@ -22,7 +22,7 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 
 from . import coco_rules as rules
-from .coco_rules import AnnotationError, Entry, Findings, Id, IdIndex, canonical_id
+from .coco_rules import AnnotationError, Entry, Findings, Id, IdIndex, MissingAnnotationsError, canonical_id
 
 ON_FAULT = ('error', 'drop')
 #: Harmless findings that cost objects, or may show wrong ones, and so are worth a warning.
@@ -103,7 +103,7 @@ def read_coco_file(
         needs_annotations: Whether the file must have annotations; False for a test set without labels.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        MissingAnnotationsError: There is no such file.
         AnnotationError: The file has faults; all of them are named.
     """
     if on_fault not in ON_FAULT:
@@ -147,9 +147,9 @@ def load(path: str, local_path: str | os.PathLike) -> CocoFile:
 
 
 def require_annotation_file(path: str, key: str = 'dataset.ann_file` and `dataset.data_root') -> None:
-    """Raise FileNotFoundError, naming the config key, if the local file ``path`` is missing."""
+    """Raise MissingAnnotationsError, naming the config key, if the local file ``path`` is missing."""
     if '://' not in str(path) and not Path(path).is_file():
-        raise FileNotFoundError(
+        raise MissingAnnotationsError(
             f'There is no annotation file {path}. Correct `{key}`; shipped configs look below the environment '
             'variable DATA_ROOT, by default data/coco/.'
         )

@@ -22,6 +22,10 @@ class AnnotationError(ValueError):
     """An annotation file cannot be used as it is; the message says what is wrong, where, and the way out."""
 
 
+class MissingAnnotationsError(AnnotationError, FileNotFoundError):
+    """There is no such annotation file."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One oddity.

@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, build_functions
 from mmengine.runner import Runner
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -23,6 +24,8 @@ from dino_mm.shipped import cfg as shipped_config
 
 from ..datasets.coco_rules import AnnotationError
 from ..datasets.skipped import TooManyUnreadableError
+from ..models import builder
+from . import param_groups
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
 from .output import output_may_be_lost
@@ -158,7 +161,7 @@ def _write_safely(config: Config) -> None:
 def ends_cleanly() -> Iterator[None]:
     """End the program with one line where it can not go on; processes leave together otherwise.
 
-    It can not where checkpoint, data, settings or disk do not fit, or where numbers are not finite.
+    It can not where checkpoint, data, config or disk do not fit, or where numbers are not finite.
 
     torchrun gets each error with its file and line. It reports the process that failed first, not those whose
     connections this broke.
@@ -176,6 +179,10 @@ def ends_cleanly() -> Iterator[None]:
             raise
         advice = 'Free some space' if error.errno in NO_ROOM else 'See to the file system'
         raise SystemExit(f'error: {error}. {advice}, then run again.') from None
+    except (KeyError, TypeError, ValueError) as error:
+        if not _is_mistake_of_config(error):
+            raise
+        raise SystemExit(f'error: {error.args[0]}') from None
     except TooManyUnreadableError as error:
         # A worker's words come with its traceback before them.
         raise SystemExit(f'error: {str(error).rpartition(f"{type(error).__name__}: ")[2].strip()}') from None
@@ -202,6 +209,15 @@ def _is_lost_connection(error: Exception) -> bool:
     if not torch.distributed.is_initialized():
         return False
     return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST)
+
+
+def _is_mistake_of_config(error: Exception) -> bool:
+    """Whether a part of the config has an unknown type, or arguments that its class does not take or lacks.
+
+    What builds the part has raised the error then. Errors of the part's own code keep their traceback.
+    """
+    place = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get('__name__')
+    return place in (build_functions.__name__, builder.__name__, param_groups.__name__)
 
 
 def _leave_together() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from mmdet.registry import OPTIMIZERS
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
@@ -41,6 +42,7 @@ class ParamGroupConstructor(DefaultOptimWrapperConstructor):
     Raises:
         ValueError: ``paramwise_cfg`` has another option, a key matches no parameter, or ``optimizer`` lacks ``lr`` or
             ``weight_decay``.
+        KeyError: There is no such optimizer.
     """
 
     def _validate_cfg(self) -> None:
@@ -60,7 +62,10 @@ class ParamGroupConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer and its wrapper; on GPUs Adam and AdamW are fused, unless the config says otherwise."""
-        is_adam = self.optimizer_cfg['type'] in ('Adam', 'AdamW', Adam, AdamW)
+        kind = self.optimizer_cfg['type']
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine would inspect the signature of None
+            raise KeyError(f'{kind} is not in the registry of optimizers. Correct `optim_wrapper.optimizer.type`.')
+        is_adam = kind in ('Adam', 'AdamW', Adam, AdamW)
         if not is_adam or 'fused' in self.optimizer_cfg or 'foreach' in self.optimizer_cfg:
             return super().__call__(model)
         self.optimizer_cfg['fused'] = _is_on_gpus(model) or None  # of False, torch makes a loop over parameters

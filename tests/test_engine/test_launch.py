@@ -2,18 +2,22 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed
+from conftest import tiny_model_cfg
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from torch import nn
 
 from dino_mm.checkpoints.errors import CheckpointError
 from dino_mm.engine import launch
 from dino_mm.engine.launch import _write_safely, ends_cleanly
+from dino_mm.registry import MODELS
 
 
 @pytest.fixture
@@ -75,6 +79,48 @@ def test_a_full_disk_ends_the_program_with_one_line() -> None:
         Path('/dev/full').write_text('a')
     with pytest.raises(FileNotFoundError), ends_cleanly():
         Path('/nowhere').read_text()
+
+
+def build_model(**changes: object) -> None:
+    cfg = tiny_model_cfg()
+    cfg.update(changes)
+    MODELS.build(cfg)
+
+
+def build_optimizer(**arguments: object) -> None:
+    build_optim_wrapper(
+        nn.Linear(1, 1), dict(type='OptimWrapper', constructor='dino_mm.ParamGroupConstructor', optimizer=arguments)
+    )
+
+
+@pytest.mark.parametrize(
+    ('build', 'arguments', 'said'),
+    [
+        (build_model, dict(type='DINOO'), 'DINOO is not in the .*registry'),
+        (build_model, dict(backbone=dict(type='mmdet.ResNett')), 'mmdet.ResNett is not in the mmdet::model registry'),
+        (build_model, dict(encoder=dict(num_layer=3)), '`encoder` has an unknown key `num_layer`. Did you mean'),
+        (build_model, dict(decoder=dict(embed_dims=7)), '`decoder.embed_dims` is 7, but the detector states 16'),
+        (build_model, dict(num_querys=3), r"DINO.__init__\(\) got an unexpected keyword argument 'num_querys'"),
+        (build_optimizer, dict(type='AdamW', learning_rate=1), "unexpected keyword argument 'learning_rate'"),
+        (build_optimizer, dict(type='AdamWW'), r'AdamWW is not in .* `optim_wrapper\.optimizer\.type`'),
+    ],
+)
+def test_a_mistake_of_a_config_ends_the_program_with_one_line(
+    build: Callable[..., None], arguments: dict, said: str
+) -> None:
+    with pytest.raises(SystemExit, match=f'^error: .*{said}') as caught, ends_cleanly():
+        build(**arguments)
+    assert '\n' not in caught.value.code
+
+
+@pytest.mark.parametrize('error', [KeyError('key'), TypeError('got an unexpected keyword argument'), ValueError('7')])
+def test_errors_of_a_part_s_own_code_keep_their_traceback(error: Exception) -> None:
+    class Part:
+        def __init__(self) -> None:
+            raise error
+
+    with pytest.raises(type(error)), ends_cleanly():
+        MODELS.build(dict(type=Part))
 
 
 @pytest.mark.parametrize(
