@@ -219,12 +219,12 @@ class Side:
 
     def loss(self) -> dict[str, Tensor]:
         """Losses of the batch."""
-        return self.model.loss(self.inputs, self.samples)
+        return self.model(self.inputs, self.samples, mode='loss')
 
     @torch.no_grad()
     def predict(self) -> SampleList:
         """Detections of the batch."""
-        return self.model.predict(self.inputs, self.samples)
+        return self.model(self.inputs, self.samples, mode='predict')
 
     def scores(self) -> list[list[float]]:
         """Scores of the detections of each image."""

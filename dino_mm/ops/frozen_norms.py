@@ -18,18 +18,22 @@ class FrozenNorm:
     there is one operator less, forward and backward.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *within: nn.Module) -> None:
         self.conv = conv
         self.norm = norm
+        self.within = within
         self._made_of: tuple | None = None
 
     def is_frozen(self) -> bool:
-        """Whether the norm is fixed now, and both modules run as torch's do, with nobody who looks between them."""
+        """Whether the norm is fixed now, and both modules run once, as torch's do, seen by nobody between them."""
         norm = self.norm
         learns = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
         # mmengine's `efficient_conv_bn_eval`, among others, puts a function in the place of `forward`.
-        is_changed = any(has_hooks(module) or 'forward' in vars(module) for module in (self.conv, norm))
-        return not learns and not is_changed and isinstance(self.conv.weight, nn.Parameter)
+        is_changed = any('forward' in vars(module) for module in (self.conv, norm, *self.within))
+        is_seen = has_hooks(self.conv) or has_hooks(norm)
+        # With activation checkpointing, they run again when the step is over.
+        runs_again = any(getattr(module, 'with_cp', False) for module in self.within)
+        return not (learns or is_changed or is_seen or runs_again) and isinstance(self.conv.weight, nn.Parameter)
 
     def scale(self) -> Tensor:
         """What the convolution's weight is multiplied by, in its shape."""
@@ -42,7 +46,7 @@ class FrozenNorm:
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, kept from the last call unless the norm's numbers have changed since.
 
-        Changes through ``.data`` go by unnoticed until the detector's mode is set again, see ``DINO.train``.
+        Changes through ``.data`` go by unnoticed until the detector is in training anew, see ``DINO.train``.
         """
         norm, weight = self.norm, self.conv.weight
         numbers: tuple[Any, ...] = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -72,16 +76,17 @@ def _same(x: Tensor) -> Tensor:
 
 def frozen_norms(backbone: nn.Module) -> list[FrozenNorm]:
     """The norms of mmdet's ResNets that :class:`FrozenNorm` can stand for; of other backbones none."""
-    if 'forward' in vars(backbone):  # replaced, see `FrozenNorm.is_frozen`
-        return []
-    return [FrozenNorm(*pair) for module in backbone.modules() for pair in _pairs(module) if _are_plain(*pair)]
+    return [
+        FrozenNorm(*pair, backbone, module)
+        for module in backbone.modules()
+        for pair in _pairs(module)
+        if _are_plain(*pair)
+    ]
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Convolutions of a ResNet, or a block of it, with the norms that take their outputs."""
     is_block = type(module).forward in (BasicBlock.forward, Bottleneck.forward)
-    if is_block and module.with_cp:  # runs again when the step is over
-        return
     if is_block or type(module).forward is ResNet.forward:
         for i in (1, 2, 3):
             yield getattr(module, f'conv{i}', None), getattr(module, getattr(module, f'norm{i}_name', ''), None)

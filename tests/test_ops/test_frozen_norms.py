@@ -76,9 +76,11 @@ def test_a_training_step_is_the_same(backbone: dict) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = plain_step(model)
     for _ in range(2):  # what the first step has kept serves the second
+        kept = [getattr(norm, '_made', None) for norm in model.train()._frozen_norms]
         actual, num_norms = step(model)
         assert num_norms == 0
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert kept == [norm._made for norm in model._frozen_norms]
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(type(p) is nn.Parameter for p in model.parameters())
 
@@ -137,13 +139,11 @@ def learn(model: DINO) -> None:
 
 def use_mmengines(model: DINO) -> None:
     turn_on_efficient_conv_bn_eval(model, 'backbone')
-    model.train()
 
 
 def compute_again(model: DINO) -> None:
     for block in model.backbone.layer2:
         block.with_cp = True
-    model.train()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def load(model: DINO) -> None:
 def set_behind_torch(model: DINO) -> None:
     for norm in norms(model):
         norm.running_var.data.fill_(3.0)
-    model.train()
+    model.eval().train()
 
 
 def set_in_place(model: DINO) -> None:

@@ -165,7 +165,8 @@ class DINO(DetectionTransformer):
     def train(self, mode: bool = True) -> 'DINO':
         """As torch's. In training, norms of the backbone that are frozen become part of its convolutions."""
         super().train(mode)
-        self._frozen_norms = frozen_norms(self.backbone) if mode else []
+        # Those that are there stay, for some call this in each step.
+        self._frozen_norms = self._frozen_norms or frozen_norms(self.backbone) if mode else []
         return self
 
     def forward(self, inputs: Tensor, data_samples: OptSampleList = None, mode: str = 'tensor') -> Any:
