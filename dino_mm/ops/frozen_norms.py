@@ -19,6 +19,7 @@ class FrozenNorm:
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *within: nn.Module) -> None:
+        """A pair, and the modules that hold it, the inmost last."""
         self.conv = conv
         self.norm = norm
         self.within = within
@@ -28,12 +29,14 @@ class FrozenNorm:
         """Whether the norm is fixed now, and both modules run once, as torch's do, seen by nobody between them."""
         norm = self.norm
         learns = norm.training or norm.weight.requires_grad or norm.bias.requires_grad
-        # mmengine's `efficient_conv_bn_eval`, among others, puts a function in the place of `forward`.
+        # As a conversion to `SyncBatchNorm` does. mmengine's `efficient_conv_bn_eval` replaces `forward`.
+        is_replaced = all(module is not norm for module in self.within[-1].modules())
         is_changed = any('forward' in vars(module) for module in (self.conv, norm, *self.within))
         is_seen = has_hooks(self.conv) or has_hooks(norm)
         # With activation checkpointing, they run again when the step is over.
         runs_again = any(getattr(module, 'with_cp', False) for module in self.within)
-        return not (learns or is_changed or is_seen or runs_again) and isinstance(self.conv.weight, nn.Parameter)
+        is_other = learns or is_replaced or is_changed or is_seen or runs_again
+        return not is_other and isinstance(self.conv.weight, nn.Parameter)
 
     def scale(self) -> Tensor:
         """What the convolution's weight is multiplied by, in its shape."""

@@ -137,6 +137,10 @@ def learn(model: DINO) -> None:
     model.backbone.layer1[0].bn1.weight.requires_grad_()
 
 
+def replace(model: DINO) -> None:
+    model.backbone.layer1[0].bn1 = copy.deepcopy(model.backbone.layer1[0].bn1)
+
+
 def use_mmengines(model: DINO) -> None:
     turn_on_efficient_conv_bn_eval(model, 'backbone')
 
@@ -148,7 +152,7 @@ def compute_again(model: DINO) -> None:
 
 @pytest.mark.parametrize(
     ('change', 'expected'),
-    [(look, 1), (look_at_gradients, 1), (learn, 1), (use_mmengines, 0), (compute_again, 2 * 2 + 1)],
+    [(look, 1), (look_at_gradients, 1), (learn, 1), (replace, 1), (use_mmengines, 0), (compute_again, 2 * 2 + 1)],
 )
 def test_norms_that_run_by_themselves(change: Callable[[DINO], None], expected: int) -> None:
     model = build()
