@@ -55,7 +55,7 @@ def has_settings(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Raise a SettingError that names ``path`` if the config is not valid Python, or does not fit to its ``_base_``."""
+    """Raise a SettingError that names ``path`` if the config is not valid Python, or does not fit its ``_base_``."""
     try:
         yield
     except TypeError as error:

@@ -25,7 +25,6 @@ from dino_mm.shipped import cfg as shipped_config
 from ..datasets.coco_rules import AnnotationError
 from ..datasets.skipped import TooManyUnreadableError
 from ..models import builder
-from . import param_groups
 from .check_hook import CheckRunHook
 from .load_checkpoint_hook import LoadCheckpointHook
 from .output import output_may_be_lost
@@ -159,9 +158,9 @@ def _write_safely(config: Config) -> None:
 
 @contextmanager
 def ends_cleanly() -> Iterator[None]:
-    """End the program with one line where it can not go on; processes leave together otherwise.
+    """End the program with one line where it cannot go on; processes leave together otherwise.
 
-    It can not where checkpoint, data, config or disk do not fit, or where numbers are not finite.
+    It cannot where checkpoint, data, config or disk do not fit, or where numbers are not finite.
 
     torchrun gets each error with its file and line. It reports the process that failed first, not those whose
     connections this broke.
@@ -214,10 +213,15 @@ def _is_lost_connection(error: Exception) -> bool:
 def _is_mistake_of_config(error: Exception) -> bool:
     """Whether a part of the config has an unknown type, or arguments that its class does not take or lacks.
 
-    What builds the part has raised the error then. Errors of the part's own code keep their traceback.
+    True if what builds parts has raised the error, called by nothing but MMDetection, its libraries and dino_mm. Others
+    need the traceback, to see where they build their parts.
     """
-    place = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get('__name__')
-    return place in (build_functions.__name__, builder.__name__, param_groups.__name__)
+    modules = [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)]
+    start = next((i for i, name in enumerate(modules) if name.startswith('mmengine.')), len(modules))
+    is_ours = all(
+        name.partition('.')[0] in ('mmengine', 'mmdet', 'mmcv', 'dino_mm', 'torch') for name in modules[start:]
+    )
+    return is_ours and modules[-1] in (build_functions.__name__, builder.__name__)
 
 
 def _leave_together() -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Adam, AdamW, Optimizer
 
 from dino_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from dino_mm.settings import SettingError
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -42,7 +43,7 @@ class ParamGroupConstructor(DefaultOptimWrapperConstructor):
     Raises:
         ValueError: ``paramwise_cfg`` has another option, a key matches no parameter, or ``optimizer`` lacks ``lr`` or
             ``weight_decay``.
-        KeyError: There is no such optimizer.
+        SettingError: There is no such optimizer.
     """
 
     def _validate_cfg(self) -> None:
@@ -63,8 +64,9 @@ class ParamGroupConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer and its wrapper; on GPUs Adam and AdamW are fused, unless the config says otherwise."""
         kind = self.optimizer_cfg['type']
-        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:  # mmengine would inspect the signature of None
-            raise KeyError(f'{kind} is not in the registry of optimizers. Correct `optim_wrapper.optimizer.type`.')
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            if isinstance(kind, str) and registry.get(kind) is None:  # mmengine would inspect the signature of None
+                raise SettingError(f'There is no optimizer {kind}. Correct `optim_wrapper.optimizer.type`.')
         is_adam = kind in ('Adam', 'AdamW', Adam, AdamW)
         if not is_adam or 'fused' in self.optimizer_cfg or 'foreach' in self.optimizer_cfg:
             return super().__call__(model)

@@ -32,6 +32,7 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Source: Rezatofighi et al., Generalized Intersection over Union, algorithm 1.
     """
+    assert boxes1.dim() == boxes2.dim()
     # Both directions at once; in place, as the pairs of all queries and objects are many.
     starts1, ends1 = boxes1.movedim(-1, 0).split(2)
     starts2, ends2 = boxes2.movedim(-1, 0).split(2)

@@ -22,7 +22,7 @@ def run_branches(branches: Sequence[nn.Module], inputs: Tensor) -> Tensor:
     depths = list(zip(*map(_steps, branches), strict=True))
     if len(branches) == 1 or is_looked_into() or not depths or not all(map(_are_plain, depths)):
         return torch.stack([branch(x) for branch, x in zip(branches, inputs, strict=True)])
-    # Columns, not rows, so that the gradients of the weights lie in memory as the weights do, or each is copied.
+    # With columns, the gradients of the weights have the strides of the weights. With rows, each would be copied.
     x = inputs.flatten(1, -2).transpose(1, 2)
     for steps in depths:
         if isinstance(steps[0], nn.ReLU):

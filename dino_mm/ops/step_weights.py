@@ -76,8 +76,8 @@ def step_weights(module: nn.Module, norms: Sequence[FrozenNorm] = ()) -> Iterato
 
     Under autocast they are in half precision. The values are those of autocast, which starts a kernel for each weight,
     and another for its gradient: together a fifth of those of a training step. Where gradients are wanted, the norms
-    that are frozen are folded into the convolutions before them. Here one kernel serves many weights, see ``GROUP``.
-    Compiled parts stay as they are, and torch before 2.4 casts by itself.
+    that are frozen are folded into the convolutions before them, whose weights are scaled before they are rounded. Here
+    one kernel serves many weights, see ``GROUP``. Compiled parts stay as they are. Before torch 2.4 autocast casts.
     """
     weight = next(module.parameters(), None)
     dtype = None if weight is None else _autocast_dtype(weight.device.type)
@@ -85,13 +85,16 @@ def step_weights(module: nn.Module, norms: Sequence[FrozenNorm] = ()) -> Iterato
     frozen = {id(norm.conv): norm for norm in norms if norm.is_frozen()} if is_training else {}
     places = _places(module, dtype, frozen) if dtype is not None or frozen else []
     folded = [place.norm for place in places if place.norm is not None]
-    shifts = _cast([norm.shift() for norm in folded], dtype)
+    shifts = dict(zip(map(id, folded), _cast([norm.shift() for norm in folded], dtype), strict=True))
     try:
         for group in _groups(places):
             scales = [place.norm and place.norm.scale() for place in group]
-            _put(group, _Made.apply(dtype, scales, *(place.weight for place in group)))
-        for norm, shift in zip(folded, shifts, strict=True):
-            norm.fold(shift)
+            made = _Made.apply(dtype, scales, *(place.weight for place in group))
+            for place, weight in zip(group, made, strict=True):
+                if place.norm is None:
+                    place.parameters[place.name] = weight
+                else:
+                    place.norm.fold(weight, shifts[id(place.norm)])
         yield
     finally:
         _put(places, [place.weight for place in places])
@@ -114,22 +117,22 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 def with_its_weights(module: nn.Module) -> Callable[..., Any]:
     """``module`` with the weights it has now, for code that calls it again when the context has closed."""
-    halves = []
+    replaced = []
     for child in module.modules():
         parameters: dict[str, Any] = child._parameters
         for name, weight in parameters.items():
             if weight is not None and not isinstance(weight, nn.Parameter):
-                halves.append(_Place(parameters, name, weight))
+                replaced.append(_Place(parameters, name, weight))
 
     def call(*args: Any) -> Any:
-        before = [place.parameters[place.name] for place in halves]
-        _put(halves, [place.weight for place in halves])
+        before = [place.parameters[place.name] for place in replaced]
+        _put(replaced, [place.weight for place in replaced])
         try:
             return module(*args)
         finally:
-            _put(halves, before)
+            _put(replaced, before)
 
-    return call if halves else module
+    return call if replaced else module
 
 
 def _put(places: list[_Place], weights: Any) -> None:

@@ -102,7 +102,11 @@ def build_optimizer(**arguments: object) -> None:
         (build_model, dict(decoder=dict(embed_dims=7)), '`decoder.embed_dims` is 7, but the detector states 16'),
         (build_model, dict(num_querys=3), r"DINO.__init__\(\) got an unexpected keyword argument 'num_querys'"),
         (build_optimizer, dict(type='AdamW', learning_rate=1), "unexpected keyword argument 'learning_rate'"),
-        (build_optimizer, dict(type='AdamWW'), r'AdamWW is not in .* `optim_wrapper\.optimizer\.type`'),
+        (
+            build_optimizer,
+            dict(type='AdamWW'),
+            r'no optimizer AdamWW. Correct `optim_wrapper\.optimizer\.type`',
+        ),
     ],
 )
 def test_a_mistake_of_a_config_ends_the_program_with_one_line(
@@ -121,6 +125,21 @@ def test_errors_of_a_part_s_own_code_keep_their_traceback(error: Exception) -> N
 
     with pytest.raises(type(error)), ends_cleanly():
         MODELS.build(dict(type=Part))
+
+
+def test_a_part_that_builds_another_wrongly_keeps_its_traceback() -> None:
+    class Part:
+        def __init__(self) -> None:
+            MODELS.build(dict(type='mmdet.ResNet', depht=50))
+
+    with pytest.raises(TypeError, match='depht'), ends_cleanly():
+        MODELS.build(dict(type=Part))
+
+
+@pytest.mark.parametrize('arguments', [dict(), dict(type='AdamW', lr='1e-4', weight_decay=0)])
+def test_optimizers_that_fail_otherwise_keep_their_traceback(arguments: dict) -> None:
+    with pytest.raises((KeyError, TypeError)), ends_cleanly():
+        build_optimizer(**arguments)
 
 
 @pytest.mark.parametrize(

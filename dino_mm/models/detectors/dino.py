@@ -64,6 +64,7 @@ class DINO(DetectionTransformer):
     level_embed: nn.Parameter
     decoder: DINODecoder
     denoising: CDNGenerator | None
+    _frozen_norms: Sequence[FrozenNorm] = ()
 
     def __init__(
         self,
@@ -95,7 +96,6 @@ class DINO(DetectionTransformer):
         self._check_neck(neck.get('num_outs', num_feature_levels), neck.get('out_channels', embed_dims))
 
         self.backbone = build_part('backbone', backbone)
-        self._frozen_norms: list[FrozenNorm] = []
         self.neck = build_part('neck', neck)
         self._neck_inputs = neck.get('in_channels')
         self.channels_last = channels_last
@@ -163,10 +163,10 @@ class DINO(DetectionTransformer):
             return super().load_state_dict(state_dict, strict, assign)
 
     def train(self, mode: bool = True) -> 'DINO':
-        """As torch's. In training, norms of the backbone that are frozen become part of its convolutions."""
+        """As torch's. In training, each forward pass folds frozen norms of the backbone into its convolutions."""
         super().train(mode)
         # Those that are there stay, for some call this in each step.
-        self._frozen_norms = self._frozen_norms or frozen_norms(self.backbone) if mode else []
+        self._frozen_norms = self._frozen_norms or frozen_norms(self.backbone) if mode else ()
         return self
 
     def forward(self, inputs: Tensor, data_samples: OptSampleList = None, mode: str = 'tensor') -> Any:
