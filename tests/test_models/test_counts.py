@@ -23,11 +23,11 @@ from dino_mm.registry import MODELS
 
 #: Operator calls for two images of one size, without padding. MMDetection's DINO makes 7,934 and 5,400, and has 299
 #: synchronisations, not counting label checks, with 8 boxes in each. Lower these with the code; do not raise them.
-FORWARD_CALLS, BACKWARD_CALLS = 2260, 3025
+FORWARD_CALLS, BACKWARD_CALLS = 2260, 3005
 #: Those of a step in precisions of a GPU that are no views and take no memory, sampling being one operator: about as
 #: many kernels start, or a third more. Casts are what half precision adds. A GPU adds the biases of the backbone's 53
 #: convolutions by kernels of their own.
-LAUNCHES = {torch.float32: (804, 907), torch.bfloat16: (895, 1043)}
+LAUNCHES = {torch.float32: (810, 895), torch.bfloat16: (901, 1031)}
 NO_LAUNCH = {
     'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'slice', 'select', 'unsqueeze', 'squeeze', 'split',
     'split_with_sizes', 'unbind', 'detach', 'alias', 'as_strided', 'unfold', 'lift_fresh',

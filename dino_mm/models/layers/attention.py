@@ -128,6 +128,6 @@ class DeformableAttention(MultiScaleDeformableAttention):
         """
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            return torch.addcdiv(reference, offsets, levels.sizes[:, None])
+            return reference + offsets / levels.sizes[:, None]  # not `addcdiv`, which ONNX lacks
         centers, sizes = reference.split(2, -1)
         return torch.addcmul(centers, offsets, sizes, value=0.5 / self.num_points)
