@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dino_mm.registry import HOOKS
 
 from ..models.detectors.dino import DINO
+from ..ops.tracing import IS_TORCH_2_7
 
 #: Names of a backbone's parts that are compiled: attention in windows and networks of a Swin, whose stages torch works
 #: on for minutes where sizes are symbols; stages of ResNet, timm, InternImage; blocks of a plain transformer.
@@ -35,7 +36,7 @@ def compile_detector(model: DINO, cuda_graphs: bool = False, **options: Any) -> 
     Raises:
         RuntimeError: torch is too old.
     """
-    if not hasattr(torch.library, 'register_autocast'):
+    if not IS_TORCH_2_7:
         raise RuntimeError(f'To compile a detector takes torch 2.7 or newer, not {torch.__version__}.')
     # torch counts all stages as one function, and there are graphs for training and tests, with and without padding.
     config = torch._dynamo.config

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .branches import has_hooks
-from .tracing import is_looked_into
+from .tracing import IS_TORCH_2_7, is_looked_into
 
 #: Since torch 2.7 it can be asked whether something watches what is kept for the gradients.
-CAN_FOLD = hasattr(torch.library, 'register_autocast')
+CAN_FOLD = IS_TORCH_2_7
 
 
 class FrozenNorm:
@@ -21,6 +21,8 @@ class FrozenNorm:
     With fixed statistics, weight and bias, a norm is a product and a sum for each channel. The product goes into the
     weight of the convolution, and the sum is its bias. So the map between the two is not kept for the gradients, and
     there is one operator less, forward and backward. The parameters of both stay in their place.
+
+    mmengine's ``efficient_conv_bn_eval`` does this too, with several kernels for each pair and a traced backbone.
 
     Args:
         parent: Holds both, under ``names``.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import sparse_sampling
+from .tracing import IS_TORCH_2_7
 
 #: Images that mmcv's kernels take at once; its default.
 IM2COL_STEP = 64
@@ -131,5 +132,5 @@ def register() -> None:
     sample, sample_backward = torch.ops.dino_mm.sample_levels, torch.ops.dino_mm.sample_levels_backward
 
 
-if hasattr(torch.library, 'register_autocast'):
+if IS_TORCH_2_7:
     register()
